@@ -1,0 +1,61 @@
+"""MTAD: multi-token assisted decoding beside all its baselines, on real models.
+
+Importing this package, listing methods and replaying a trace load neither torch nor
+transformers; the names that need them are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mtad.catalogue import MethodInfo, methods
+from mtad.config import DecodeConfig
+from mtad.errors import MtadError
+from mtad.trace import Decision, EnergyReading, Step, Summary, Trace
+from mtad.version import __version__
+
+if TYPE_CHECKING:
+    from mtad import verify
+    from mtad.draft import Drafter
+    from mtad.pairs import ModelPair, load_pair
+    from mtad.runner import run, stream
+
+__all__ = [
+    "DecodeConfig",
+    "Decision",
+    "Drafter",
+    "EnergyReading",
+    "MethodInfo",
+    "ModelPair",
+    "MtadError",
+    "Step",
+    "Summary",
+    "Trace",
+    "__version__",
+    "load_pair",
+    "methods",
+    "run",
+    "stream",
+    "verify",
+]
+
+_LATE = {
+    "Drafter": "mtad.draft",
+    "ModelPair": "mtad.pairs",
+    "load_pair": "mtad.pairs",
+    "run": "mtad.runner",
+    "stream": "mtad.runner",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "verify":
+        return importlib.import_module("mtad.verify")
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
+    raise AttributeError(f"module 'mtad' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,104 @@
+"""Beam search (temperature 0) or beam sampling on the target, as a baseline.
+
+No length penalty; finished hypotheses are kept and compete by their joint probability. While it
+runs, the best hypothesis is shown as provisional; it is emitted when the search ends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mtad.config import DecodeConfig
+from mtad.decoders.beams import Beams
+from mtad.decoders.common import NUM_ALTERNATIVES, Columns, State, check_finite
+from mtad.draft import Drafter
+from mtad.lm import CachedLM
+from mtad.trace import Decision
+
+_PRUNE_EVERY = 16
+
+
+def decode(
+    target: CachedLM,
+    draft: Drafter | None,
+    prompt_ids: Sequence[int],
+    config: DecodeConfig,
+    generator: torch.Generator,
+    *,
+    eos_token_ids: Sequence[int] = (),
+) -> Iterator[Decision]:
+    """See `mtad.decoders.Decoder`; the draft is not used."""
+    state = State.begin(target, None, prompt_ids, config, generator, eos_token_ids)
+    width = config.beam_width
+    passes = target.passes
+    positions = target.positions
+    beams = Beams.root(target.device)
+    rows = state.pending  # what the next pass reads
+    parents: Tensor | None = None
+    slots = torch.empty(1, 0, dtype=torch.int64, device=target.device)  # nodes of each beam
+    while True:
+        first = target.nodes
+        logits = target.forward(rows, parents).logits
+        held = torch.arange(first, target.nodes, device=target.device)
+        slots = torch.cat([slots, held.unsqueeze(-1)], dim=-1)
+        beams = beams.grow(logits, width, config, generator, state.is_eos, record=NUM_ALTERNATIVES)
+        slots = slots.index_select(0, beams.came_from)
+        over, decision = read_best(beams, state, config)
+        done = over or beams.steps == config.max_new_tokens
+        yield dataclasses.replace(
+            decision,
+            target_passes=target.passes - passes,
+            target_positions=target.positions - positions,
+            provisional=not done,
+        )
+        if done:
+            return
+        if beams.steps % _PRUNE_EVERY == 0:
+            slots = _prune(target, slots)
+        rows, parents = beams.token_ids[:, -1], slots[:, -1]
+
+
+def read_best(beams: Beams, state: State, config: DecodeConfig) -> tuple[bool, Decision]:
+    """Whether the search is over, and the best hypothesis as a decision (one host read).
+
+    It is over when every hypothesis has ended. A maximising search is also over when the best
+    one has: a joint can only fall.
+    """
+    best = beams.best()
+    over = beams.finished.all()  # a dead slot counts as finished
+    if config.temperature == 0.0:
+        over = over | beams.finished.index_select(0, best).all()
+    columns = Columns(
+        over.view(1),
+        beams.real.index_select(0, best).sum().view(1),
+        beams.token_ids.index_select(0, best),
+        beams.raw_logprobs.index_select(0, best),
+        beams.alternative_ids.index_select(0, best),
+        beams.alternative_logprobs.index_select(0, best),
+    )
+    is_over, length = bool(columns.int()), columns.int()
+    tokens = columns.ints(beams.steps)[:length]
+    logprobs = columns.floats(beams.steps)[:length]
+    check_finite(logprobs)
+    alternatives = columns.alternatives(beams.steps, beams.alternative_ids.shape[-1])[:length]
+    return is_over, Decision(
+        emitted=tuple(tokens),
+        emitted_logprobs=tuple(logprobs),
+        final_kind="sampled",
+        alternatives=tuple(alternatives),
+    )
+
+
+def _prune(target: CachedLM, slots: Tensor) -> Tensor:
+    """Drops the cached nodes that no hypothesis descends from; renumbers the others."""
+    live = sorted(set(slots.flatten().tolist()))
+    target.retain(live)
+    renumbered = torch.empty(live[-1] + 1, dtype=torch.int64, device=slots.device)
+    renumbered[torch.tensor(live, device=slots.device)] = torch.arange(
+        len(live), device=slots.device
+    )
+    return renumbered[slots]

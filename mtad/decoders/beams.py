@@ -1,0 +1,210 @@
+"""Beam sampling: W hypotheses that grow by one token a step.
+
+`mtad` and `mtad_tree` run it on the draft, `beam` and `mtjd` on the target. Every hypothesis
+carries its own history, so a log-probability is always read along a hypothesis' ancestry and
+never by the slot in which it happens to stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtad.config import DecodeConfig
+from mtad.sampling import (
+    Warped,
+    draw_distinct,
+    score,
+    token_logprobs,
+    top_alternatives,
+    uniforms,
+    wide,
+)
+
+
+def beam_weights(joint_logprobs: Tensor) -> Tensor:
+    """[W] joints of the hypotheses → [W] log-weights that sum to one over the beam.
+
+    The probabilities themselves are renormalised; a softmax of probabilities would flatten them.
+    """
+    return joint_logprobs - joint_logprobs.logsumexp(-1)
+
+
+@dataclass
+class Beams:
+    """W hypotheses after s steps. A slot with joint −∞ is dead: it holds no hypothesis.
+
+    Attributes:
+        token_ids: [W, s] the tokens; after an end-of-sequence padded with it.
+        logprobs: [W, s] their conditional log-probabilities, 0 for padding.
+        nodes: [W, s] which slot of step s held the hypothesis: (step index) · W + slot.
+        real: [W, s] bool, False for padding and in dead slots.
+        joint: [W] joint log-probability of the scored conditionals, float64.
+        finished: [W] bool.
+        came_from: [W] slot of the step before that each hypothesis continues.
+        raw_logprobs: [W, s] of the unwarped model; only with `record`.
+        alternative_ids, alternative_logprobs: [W, s, 5]; only with `record`.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+    nodes: Tensor
+    real: Tensor
+    joint: Tensor
+    finished: Tensor
+    came_from: Tensor
+    raw_logprobs: Tensor
+    alternative_ids: Tensor
+    alternative_logprobs: Tensor
+
+    @staticmethod
+    def root(device: torch.device) -> Beams:
+        """One empty hypothesis."""
+        ids = torch.empty(1, 0, dtype=torch.int64, device=device)
+        none = torch.empty(1, 0, device=device)
+        joint = wide(torch.zeros(1, device=device))
+        return Beams(
+            token_ids=ids,
+            logprobs=none,
+            nodes=ids,
+            real=ids.bool(),
+            joint=joint,
+            finished=torch.zeros(1, dtype=torch.bool, device=device),
+            came_from=torch.zeros(1, dtype=torch.int64, device=device),
+            raw_logprobs=none,
+            alternative_ids=ids.unsqueeze(-1),
+            alternative_logprobs=none.unsqueeze(-1),
+        )
+
+    @property
+    def steps(self) -> int:
+        """Tokens in each hypothesis, padding included."""
+        return self.token_ids.shape[1]
+
+    def best(self) -> Tensor:
+        """Slot of the hypothesis with the largest joint, as a tensor of one element."""
+        return self.joint.argmax().view(1)
+
+    def grow(
+        self,
+        logits: Tensor,  # [W or 1, V]
+        width: int,
+        config: DecodeConfig,
+        generator: torch.Generator,
+        is_eos: Callable[[Tensor], Tensor],
+        *,
+        record: int = 0,
+    ) -> Beams:
+        """The next step: `width` distinct continuations of these hypotheses.
+
+        They are drawn with probability proportional to beam weight × conditional; at
+        temperature 0 the largest are taken. A finished hypothesis continues only to itself,
+        with log-probability 0, and competes by its joint.
+
+        Args:
+            logits: raw logits after each hypothesis.
+            width: W.
+            config: how logits are warped or scored.
+            generator: for the draw.
+            is_eos: which tokens end a sequence.
+            record: how many alternatives to record; 0 records neither these nor raw_logprobs.
+        """
+        scored = score(logits, config)
+        choices = self._continuations(scored)  # [W, K], log-probabilities
+        candidates = (self.joint.unsqueeze(-1) + choices).flatten()
+        if candidates.shape[0] < width:
+            missing = width - candidates.shape[0]
+            candidates = torch.nn.functional.pad(candidates, (0, missing), value=-torch.inf)
+        if config.temperature == 0.0:
+            picked = candidates.topk(width).indices
+        else:
+            chance = uniforms(generator, candidates.shape[0])
+            picked = draw_distinct(beam_weights(candidates), chance, width)
+        joint = candidates[picked]
+        picked = picked.clamp_max(choices.numel() - 1)  # padding points nowhere; its joint is −∞
+        slot = picked // choices.shape[-1]
+        column = picked % choices.shape[-1]
+        token = scored.token_ids[slot, column]
+        was_finished = self.finished[slot]
+        if self.steps:
+            token = torch.where(was_finished, self.token_ids[slot, -1], token)
+        alive = joint > -torch.inf
+        first_node = self.steps * width
+        here = torch.arange(first_node, first_node + width, device=logits.device)
+        grown = Beams(
+            token_ids=_append(self.token_ids[slot], token),
+            logprobs=_append(self.logprobs[slot], choices[slot, column].float()),
+            nodes=_append(self.nodes[slot], here),
+            real=_append(self.real[slot], alive & ~was_finished),
+            joint=joint,
+            finished=was_finished | is_eos(token) | ~alive,
+            came_from=slot,
+            raw_logprobs=self.raw_logprobs,
+            alternative_ids=self.alternative_ids,
+            alternative_logprobs=self.alternative_logprobs,
+        )
+        if record:
+            ids, logprobs = top_alternatives(logits, record)
+            raw = token_logprobs(logits.index_select(0, slot), token)
+            grown.raw_logprobs = _append(self.raw_logprobs[slot], raw)
+            grown.alternative_ids = _append_rows(self.alternative_ids, slot, ids)
+            grown.alternative_logprobs = _append_rows(self.alternative_logprobs, slot, logprobs)
+        return grown
+
+    def _continuations(self, scored: Warped) -> Tensor:
+        """[W, K] log-probabilities: a finished hypothesis has one continuation, itself."""
+        first = torch.zeros_like(scored.logprobs[:, :1])
+        others = torch.full_like(scored.logprobs[:, 1:], -torch.inf)
+        itself = torch.cat([first, others], dim=-1)
+        return torch.where(self.finished.unsqueeze(-1), itself, scored.logprobs)
+
+
+def _append(history: Tensor, latest: Tensor) -> Tensor:
+    return torch.cat([history, latest.unsqueeze(-1)], dim=-1)
+
+
+def _append_rows(history: Tensor, slot: Tensor, latest: Tensor) -> Tensor:
+    if history.shape[1] == 0:
+        return latest[slot].unsqueeze(1)
+    return torch.cat([history[slot], latest[slot].unsqueeze(1)], dim=1)
+
+
+def draft_beams(
+    next_logits: Callable[[Tensor, Tensor | None], Tensor],
+    pending: Tensor,
+    steps: int,
+    config: DecodeConfig,
+    generator: torch.Generator,
+    is_eos: Callable[[Tensor], Tensor],
+    *,
+    record: int = 0,
+) -> list[Beams]:
+    """Grows beams for `steps` steps and returns them after each step.
+
+    Args:
+        next_logits: the model: (token ids, parents among its undecided nodes) → logits.
+        pending: [m] tokens that the model has not read yet; they become its nodes 0 … m − 1,
+            and the slots of step s its nodes m + (s − 1)·W onward. The last step's are not fed.
+        steps: how many tokens each hypothesis gets.
+        config: beam_width and the warp are read.
+        generator: for the draws.
+        is_eos: which tokens end a sequence.
+        record: see `Beams.grow`.
+    """
+    width, waiting = config.beam_width, pending.shape[0]
+    logits = next_logits(pending, None)[-1:]
+    history = [Beams.root(pending.device).grow(
+        logits, width, config, generator, is_eos, record=record
+    )]
+    for step in range(1, steps):
+        beams = history[-1]
+        if step == 1:
+            parents = torch.full_like(beams.token_ids[:, 0], waiting - 1)
+        else:
+            parents = waiting + beams.nodes[:, -2]
+        logits = next_logits(beams.token_ids[:, -1], parents)
+        history.append(beams.grow(logits, width, config, generator, is_eos, record=record))
+    return history

@@ -1,0 +1,83 @@
+"""Big little decoder: the draft writes while it is sure, the target rolls it back.
+
+Kim et al. 2023, arXiv 2302.07863. Both thresholds look at unwarped probabilities at
+temperature 1. Not lossless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mtad.config import DecodeConfig
+from mtad.decoders.common import Proposal, State
+from mtad.draft import Drafter
+from mtad.lm import CachedLM
+from mtad.sampling import draw, uniforms, warp
+from mtad.trace import Decision
+from mtad.verify import leading_run, rollback_keeps
+
+
+def decode(
+    target: CachedLM,
+    draft: Drafter | None,
+    prompt_ids: Sequence[int],
+    config: DecodeConfig,
+    generator: torch.Generator,
+    *,
+    eos_token_ids: Sequence[int] = (),
+) -> Iterator[Decision]:
+    """See `mtad.decoders.Decoder`."""
+    state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids)
+    while state.running:
+        block = write_while_sure(state, state.block_length())
+        logits = state.verify(block)
+        rows = warp(logits, config)
+        length = block.levels
+        unwarped = logits[:length].float().log_softmax(-1)
+        scores = unwarped.gather(-1, block.token_ids.unsqueeze(-1)).squeeze(-1)
+        accepted = leading_run(rollback_keeps(scores, config.rollback_threshold))
+        yield state.conclude(
+            block,
+            logits,
+            rows.rows(0, length).logprob_of(block.token_ids),
+            path=torch.arange(length, device=target.device),
+            accepted=accepted,
+            final_token=draw(rows.row(accepted), uniforms(state.generator, 1)[0]),
+            corrects=True,
+            scores=scores,
+            thresholds=torch.full_like(scores, -config.rollback_threshold),
+        )
+
+
+def write_while_sure(state: State, length: int) -> Proposal:
+    """Up to γ tokens; the draft stops *before* a token whose distribution has no clear peak.
+
+    Whether to go on is read back for every token: the fallback is a decision of the host.
+    """
+    if length == 0:
+        return Proposal.nothing(state.target.device)
+    token_ids: list[Tensor] = []
+    logprobs: list[Tensor] = []
+    unread = state.draft_pending
+    sure = True
+    while sure and len(token_ids) < length:
+        logits = state.draft_logits(unread)[-1]
+        sure = bool(logits.float().softmax(-1).amax() >= state.config.fallback_threshold)
+        if sure:
+            row = warp(logits, state.config)
+            unread = draw(row, uniforms(state.generator, 1)[0]).view(1)
+            token_ids.append(unread)
+            logprobs.append(row.logprob_of(unread[0]).view(1))
+            sure = int(unread) not in state.eos_ids
+    if not token_ids:
+        nothing = Proposal.nothing(state.target.device)
+        nothing.cached_depth = 0
+        return nothing
+    written = len(token_ids)
+    unread_last = sure or int(unread) in state.eos_ids
+    return Proposal.block(
+        torch.cat(token_ids), torch.cat(logprobs), cached_depth=written - int(unread_last)
+    )

@@ -1,0 +1,75 @@
+"""Multi-token assisted decoding: a block by beam sampling on q, one joint test on p.
+
+Qin et al. 2025, arXiv 2407.09722. The longest prefix whose joint ratio p/q exceeds τ is kept,
+so a token that the target finds unlikely can be rescued by what follows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from mtad.config import DecodeConfig
+from mtad.decoders.beams import draft_beams
+from mtad.decoders.common import Proposal, State
+from mtad.draft import Drafter
+from mtad.lm import CachedLM
+from mtad.sampling import draw, score, uniforms, warp
+from mtad.trace import Decision
+from mtad.verify import joint_accept_lengths
+
+
+def decode(
+    target: CachedLM,
+    draft: Drafter | None,
+    prompt_ids: Sequence[int],
+    config: DecodeConfig,
+    generator: torch.Generator,
+    *,
+    eos_token_ids: Sequence[int] = (),
+) -> Iterator[Decision]:
+    """See `mtad.decoders.Decoder`."""
+    state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids)
+    while state.running:
+        block = draft_block(state, state.block_length())
+        logits = state.verify(block)
+        length = block.levels
+        target_logprobs = score(logits, config).rows(0, length).logprob_of(block.token_ids)
+        if block.real is not None:  # padding after an end-of-sequence is never accepted
+            target_logprobs = torch.where(block.real, target_logprobs, -torch.inf)
+        accepted = joint_accept_lengths(
+            target_logprobs.unsqueeze(0),
+            block.draft_logprobs.unsqueeze(0),
+            config.accept_threshold,
+        )[0]
+        yield state.conclude(
+            block,
+            logits,
+            target_logprobs,
+            path=torch.arange(length, device=target.device),
+            accepted=accepted,
+            final_token=draw(warp(logits, config).row(accepted), uniforms(generator, 1)[0]),
+            reference_logprobs=block.draft_logprobs,
+        )
+
+
+def draft_block(state: State, length: int) -> Proposal:
+    """The hypothesis with the largest joint q after γ steps of beam sampling on the draft."""
+    if length == 0:
+        return Proposal.nothing(state.target.device)
+    beams = draft_beams(
+        state.draft_logits,
+        state.draft_pending,
+        length,
+        state.config,
+        state.generator,
+        state.is_eos,
+    )[-1]
+    best = beams.best()
+    block = Proposal.block(
+        beams.token_ids[best][0], beams.logprobs[best][0], cached_depth=length - 1
+    )
+    block.draft_nodes = beams.nodes[best][0]
+    block.real = beams.real[best][0]
+    return block

@@ -1,0 +1,96 @@
+"""The seam between proposing and verifying: what a decoder needs to know of a draft.
+
+A Hugging Face model is one implementation. A head on the target's hidden state, or a mixture
+with a copy distribution, fits the same three verbs: it returns log q as logits, unwarped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from mtad.lm import CachedLM, Recorder
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """Something that proposes next tokens along the branches of a tree.
+
+    It holds a committed prefix and, above it, nodes that are not decided yet, numbered in the
+    order in which `next_logits` added them since the last `keep`.
+
+    Attributes:
+        vocab_size: V, columns of the logits.
+    """
+
+    vocab_size: int
+
+    def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
+        """Starts a new run with [n] tokens and, for drafts that read them, the target's last
+        hidden states [n, H] at these tokens.
+        """
+
+    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor:
+        """Adds [rows] nodes and returns [rows, V]: log q of what follows each, up to a constant.
+
+        `parents` are indices of undecided nodes, −1 for the prefix; None stands for a chain
+        below the last node.
+        """
+
+    def keep(self, path: Tensor | int) -> None:
+        """Commits a path of nodes (an int k: the first k) and drops all others."""
+
+
+class LMDrafter:
+    """A causal language model as a draft."""
+
+    def __init__(self, lm: CachedLM) -> None:
+        self.lm = lm
+        self.vocab_size = lm.vocab_size
+
+    def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
+        """Empties the cache and commits [n] tokens; the hidden states are not read."""
+        self.lm.rollback(0)
+        self.lm.prefill(token_ids)
+
+    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor:
+        """One forward pass over the new nodes."""
+        return self.lm.forward(token_ids, parents).logits
+
+    def keep(self, path: Tensor | int) -> None:
+        """See `CachedLM.keep`."""
+        self.lm.keep(path)
+
+
+class RecordedDrafter:
+    """Any drafter, cut to the common vocabulary, recorded as "draft" spans, stoppable."""
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        vocab_size: int,
+        recorder: Recorder,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.drafter = drafter
+        self.vocab_size = vocab_size
+        self._recorder = recorder
+        self._check = check
+
+    def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
+        """Recorded as "prefill"."""
+        self._check()
+        with self._recorder.span("prefill"):
+            self.drafter.prefill(token_ids, target_hidden)
+
+    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor:
+        """Recorded as "draft"."""
+        self._check()
+        with self._recorder.span("draft"):
+            return self.drafter.next_logits(token_ids, parents)[:, : self.vocab_size]
+
+    def keep(self, path: Tensor | int) -> None:
+        """Passed on."""
+        self.drafter.keep(path)

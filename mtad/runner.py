@@ -1,0 +1,492 @@
+"""The runner: one run of one method on one pair, from a prompt to a Trace.
+
+It owns everything that decoders must not know: the worker thread, the lock on the device, the
+warm-up, the clock, the meter, cancellation, the deadline, texts and stop strings. Two runs on
+the same device follow each other; no two runs share state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import platform
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from mtad.catalogue import MethodInfo, method_info
+from mtad.config import DecodeConfig
+from mtad.decoders import load_decoder
+from mtad.draft import Drafter, LMDrafter, RecordedDrafter
+from mtad.energy import Meter, probe
+from mtad.errors import Cancelled, ConfigError, DeadlineExceeded, PairError, PromptError
+from mtad.lm import CachedLM, Clock, CudaClock, Recorder, WallClock
+from mtad.metrics import summarize
+from mtad.pairs import ModelPair
+from mtad.text import Detokenizer, encode_prompt
+from mtad.trace import Decision, Step, StopReason, Trace, replace_emitted
+from mtad.version import __version__
+
+_LOCK_POLL_SECONDS = 0.05
+
+_locks: dict[str, threading.Lock] = {}
+_locks_guard = threading.Lock()
+_warmed: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+
+
+def device_lock(device: torch.device) -> threading.Lock:
+    """The lock that a run holds while it uses a device."""
+    with _locks_guard:
+        return _locks.setdefault(str(device), threading.Lock())
+
+
+def stream(
+    method: str,
+    pair: ModelPair,
+    prompt: str | None = None,
+    *,
+    messages: Sequence[Mapping[str, str]] | None = None,
+    raw_prompt: str | None = None,
+    prompt_ids: Sequence[int] | None = None,
+    config: DecodeConfig | None = None,
+    cancel: threading.Event | None = None,
+    deadline_seconds: float | None = None,
+    meter: Meter | None = None,
+) -> Iterator[Step | Trace]:
+    """Decodes in a worker thread and yields Steps as they happen, the Trace last.
+
+    A Step whose decision is provisional shows a hypothesis that the next Step replaces. Closing
+    the iterator stops the run within one target pass.
+
+    Args:
+        method: an id of `mtad.methods()`.
+        pair: the models.
+        prompt: one user turn; the chat template is applied if there is one.
+        messages: a conversation instead of a prompt.
+        raw_prompt: text without template instead of a prompt; special tokens in it are special.
+        prompt_ids: token ids instead of a prompt.
+        config: parameters; the defaults of `DecodeConfig` if None.
+        cancel: set it to end the run within one target pass; the Trace then holds what was
+            decoded and says "cancelled".
+        deadline_seconds: likewise after this many seconds, waiting for the device included.
+        meter: measures energy; by default the best one for the device.
+
+    Raises:
+        ConfigError, PromptError, PairError, BudgetError: with a message for the user, before
+            the first Step where possible.
+    """
+    run = _Run(
+        method_info(method),
+        pair,
+        encode_prompt(
+            pair.tokenizer,
+            prompt=prompt,
+            messages=messages,
+            raw_prompt=raw_prompt,
+            prompt_ids=prompt_ids,
+        ),
+        config or DecodeConfig(),
+        cancel or threading.Event(),
+        deadline_seconds,
+        meter,
+    )
+    return run.events()
+
+
+def run(
+    method: str,
+    pair: ModelPair,
+    prompt: str | None = None,
+    *,
+    messages: Sequence[Mapping[str, str]] | None = None,
+    raw_prompt: str | None = None,
+    prompt_ids: Sequence[int] | None = None,
+    config: DecodeConfig | None = None,
+    cancel: threading.Event | None = None,
+    deadline_seconds: float | None = None,
+    meter: Meter | None = None,
+) -> Trace:
+    """`stream`, drained: returns the Trace."""
+    events = stream(
+        method,
+        pair,
+        prompt,
+        messages=messages,
+        raw_prompt=raw_prompt,
+        prompt_ids=prompt_ids,
+        config=config,
+        cancel=cancel,
+        deadline_seconds=deadline_seconds,
+        meter=meter,
+    )
+    *_, trace = events
+    assert isinstance(trace, Trace)
+    return trace
+
+
+class _Run:
+    """One run; checks its arguments when it is made, decodes in `events`."""
+
+    def __init__(
+        self,
+        info: MethodInfo,
+        pair: ModelPair,
+        prompt_ids: list[int],
+        config: DecodeConfig,
+        cancel: threading.Event,
+        deadline_seconds: float | None,
+        meter: Meter | None,
+    ) -> None:
+        if deadline_seconds is not None and not deadline_seconds > 0:
+            raise ConfigError(
+                f"deadline_seconds is {deadline_seconds!r}, but must be a number greater than 0."
+            )
+        self.info = info
+        self.pair = pair
+        self.prompt_ids = prompt_ids
+        self.config = config.with_draft_length(info.draft_length)
+        self._check_request()
+        self.room = pair.context_length - len(prompt_ids)
+        self._cancel = cancel
+        self._closed = threading.Event()
+        self._deadline_seconds = deadline_seconds
+        self._meter = meter
+        self._queue: queue.SimpleQueue[Step | Trace | BaseException] = queue.SimpleQueue()
+
+    def events(self) -> Iterator[Step | Trace]:
+        """Runs the worker and hands on what it reports."""
+        started = time.perf_counter()
+        seconds = self._deadline_seconds
+        self._deadline = None if seconds is None else started + seconds
+        worker = threading.Thread(target=self._work, name=f"mtad-{self.info.id}", daemon=True)
+        worker.start()
+        try:
+            while True:
+                event = self._queue.get()
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+                if isinstance(event, Trace):
+                    return
+        finally:
+            self._closed.set()
+            worker.join()
+
+    def _check_request(self) -> None:
+        pair, config, info = self.pair, self.config, self.info
+        if info.uses_draft and pair.draft is None:
+            raise PairError(
+                f"{info.id} needs a draft model, and this pair has none. Add one, or choose a"
+                " method that runs on the target alone, such as autoregressive."
+            )
+        if "beam_width" in info.parameters and config.beam_width > pair.vocab_size:
+            raise ConfigError(
+                f"beam_width is {config.beam_width}, but the vocabulary of the pair has"
+                f" {pair.vocab_size} tokens. Choose at most that many beams."
+            )
+        size = len(self.prompt_ids)
+        if size >= pair.context_length:
+            raise PromptError(
+                f"The prompt has {size:,} tokens, {size - pair.context_length + 1:,} too many: the"
+                f" context of this pair holds {pair.context_length:,}, one of them for the"
+                " answer. Shorten the prompt."
+            )
+        wrong = [token for token in self.prompt_ids if not 0 <= token < pair.vocab_size]
+        if wrong:
+            raise PromptError(
+                f"The prompt has token id {wrong[0]}, but ids must be from 0 to"
+                f" {pair.vocab_size - 1}."
+            )
+
+    def _check(self) -> None:
+        """Called before every pass of either model."""
+        if self._cancel.is_set() or self._closed.is_set():
+            raise Cancelled("The run was stopped.")
+        if self._deadline is not None and time.perf_counter() > self._deadline:
+            raise DeadlineExceeded(f"The run took longer than {self._deadline_seconds} s.")
+
+    def _work(self) -> None:
+        try:
+            lock = device_lock(self.pair.device)
+            while not lock.acquire(timeout=_LOCK_POLL_SECONDS):
+                if self._closed.is_set():
+                    return
+                self._check()
+            try:
+                with torch.inference_mode():
+                    self._queue.put(self._decode())
+            finally:
+                lock.release()
+        except BaseException as error:  # handed to the thread that waits, which raises it
+            self._queue.put(error)
+
+    def _decode(self) -> Trace:
+        pair, device = self.pair, self.pair.device
+        _warm_up(pair)
+        meter = self._meter or probe(device)
+        timing = _Timing(device, meter)
+        recorder = Recorder(_clock(device), on_decode=timing.begin_decoding)
+        target = CachedLM(pair.target, pair.vocab_size, recorder=recorder, check=self._check)
+        budget = min(self.config.max_new_tokens, self.room)
+        decisions = load_decoder(self.info.id)(
+            target,
+            self._drafter(recorder) if self.info.uses_draft else None,
+            self.prompt_ids,
+            dataclasses.replace(self.config, max_new_tokens=budget),
+            torch.Generator(device).manual_seed(self.config.seed),
+            eos_token_ids=pair.eos_token_ids,
+        )
+        scribe = _Scribe(self, recorder, timing)
+        started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        timing.begin()
+        try:
+            reason = self._drain(decisions, scribe)
+        finally:
+            windows = timing.end()
+        summary = summarize(
+            scribe.steps,
+            decode_seconds=timing.decode_seconds,
+            prefill_seconds=timing.prefill_seconds,
+            time_to_first_token_seconds=scribe.first_token_seconds,
+            energy=windows.decode,
+            end_to_end_energy=windows.end_to_end,
+            target_weight_bytes=pair.target_info.weight_bytes,
+            draft_weight_bytes=pair.draft_info.weight_bytes if pair.draft_info else 0,
+        )
+        tokenizer = pair.tokenizer
+        return Trace(
+            method=self.info.id,
+            config=self.config,
+            target=pair.target_info,
+            draft=pair.draft_info if self.info.uses_draft else None,
+            device=str(device),
+            dtype=str(pair.dtype).removeprefix("torch."),
+            engine=pair.engine,
+            versions=_versions(device),
+            prompt="" if tokenizer is None else str(tokenizer.decode(self.prompt_ids)),
+            prompt_ids=tuple(self.prompt_ids),
+            started_at=started_at,
+            text="".join(step.text for step in scribe.steps),
+            stop_reason=reason,
+            steps=tuple(scribe.steps),
+            energy=windows.decode,
+            end_to_end_energy=windows.end_to_end,
+            summary=summary,
+            notes=tuple(pair.notes) if self.info.uses_draft else (),
+        )
+
+    def _drain(self, decisions: Iterator[Decision], scribe: _Scribe) -> StopReason:
+        """Takes decisions until the run ends, and says why it ended."""
+        try:
+            for decision in decisions:
+                step = scribe.write(decision)
+                self._queue.put(step)
+                if scribe.stopped:
+                    return "stop"
+        except DeadlineExceeded:
+            scribe.settle()
+            return "deadline"
+        except Cancelled:
+            scribe.settle()
+            return "cancelled"
+        last = scribe.steps[-1].decision.emitted[-1]
+        if last in self.pair.eos_token_ids and not self.config.ignore_eos:
+            return "eos"
+        return "context" if self.room < self.config.max_new_tokens else "length"
+
+    def _drafter(self, recorder: Recorder) -> Drafter:
+        draft: PreTrainedModel | Drafter | None = self.pair.draft
+        if isinstance(draft, PreTrainedModel):
+            draft = LMDrafter(CachedLM(draft, self.pair.vocab_size))
+        assert draft is not None
+        return RecordedDrafter(draft, self.pair.vocab_size, recorder, self._check)
+
+
+class _Timing:
+    """Wall seconds and joules of the two windows, with the device caught up at every end."""
+
+    def __init__(self, device: torch.device, meter: Meter) -> None:
+        self.meter = meter
+        self._device = device
+        self._began = self._decode_began = self._ended = 0.0
+
+    def begin(self) -> None:
+        """Opens the end-to-end window."""
+        _synchronize(self._device)
+        self.meter.start()
+        self._began = self._decode_began = time.perf_counter()
+
+    def begin_decoding(self) -> None:
+        """Opens the decode window: the prefill is over."""
+        _synchronize(self._device)
+        self.meter.mark()
+        self._decode_began = time.perf_counter()
+
+    def end(self) -> Any:
+        """Closes both windows and gives the meter's readings."""
+        _synchronize(self._device)
+        self._ended = time.perf_counter()
+        return self.meter.stop()
+
+    def since_decoding_began(self) -> float:
+        """Seconds."""
+        return time.perf_counter() - self._decode_began
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Known once decoding has begun."""
+        return self._decode_began - self._began
+
+    @property
+    def decode_seconds(self) -> float:
+        """Known after `end`."""
+        return self._ended - self._decode_began
+
+
+class _Scribe:
+    """Turns decisions into steps: texts, seconds, joules; watches for stop strings."""
+
+    def __init__(self, run: _Run, recorder: Recorder, timing: _Timing) -> None:
+        self.steps: list[Step] = []
+        self.stopped = False
+        self.first_token_seconds: float | None = None
+        self._run = run
+        self._recorder = recorder
+        self._timing = timing
+        self._words = Detokenizer(run.pair.tokenizer, run.prompt_ids)
+        self._provisional: Step | None = None
+        self._seconds = {"draft": 0.0, "verify": 0.0}
+        self._tail = ""
+
+    def write(self, decision: Decision) -> Step:
+        """The step of a decision; provisional ones are remembered but not recorded."""
+        seconds = self._timing.since_decoding_began()
+        joules = self._timing.meter.joules_so_far()
+        if self.first_token_seconds is None and decision.emitted:
+            self.first_token_seconds = self._timing.prefill_seconds + seconds
+        for name, spent in self._recorder.take().items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + spent
+        words = self._words
+        if decision.provisional or self._provisional is not None:
+            # A hypothesis is spelled from the start each time: its tokens may all be others.
+            words = Detokenizer(self._run.pair.tokenizer, self._run.prompt_ids)
+            self._tail = ""
+        texts = [words.push(token) for token in decision.emitted]
+        decision, texts = self._cut_at_stop(decision, texts)
+        step = Step(
+            index=len(self.steps),
+            decision=dataclasses.replace(
+                decision,
+                alternatives=tuple(
+                    tuple(dataclasses.replace(a, text=words.piece(a.token_id)) for a in position)
+                    for position in decision.alternatives
+                ),
+            ),
+            emitted_texts=tuple(texts),
+            node_texts=tuple(words.piece(token) for token in decision.tree.token_ids),
+            draft_seconds=self._seconds["draft"],
+            verify_seconds=self._seconds["verify"],
+            seconds=seconds,
+            joules=joules,
+        )
+        if decision.provisional:
+            self._provisional = step
+        else:
+            self.steps.append(step)
+            self._provisional = None
+            self._seconds = {"draft": 0.0, "verify": 0.0}
+        return step
+
+    def settle(self) -> None:
+        """After a stop, the last hypothesis is what was decoded."""
+        if self._provisional is not None:
+            decision = dataclasses.replace(self._provisional.decision, provisional=False)
+            self.steps.append(dataclasses.replace(self._provisional, decision=decision))
+            self._provisional = None
+
+    def _take_back(self, excess: int) -> None:
+        """A stop string may have begun in earlier steps: the record loses what they showed."""
+        for index in range(len(self.steps) - 1, -1, -1):
+            if not excess:
+                return
+            texts, excess = _shorten(self.steps[index].emitted_texts, excess)
+            self.steps[index] = dataclasses.replace(
+                self.steps[index], emitted_texts=tuple(texts)
+            )
+
+    def _cut_at_stop(
+        self, decision: Decision, texts: list[str]
+    ) -> tuple[Decision, list[str]]:
+        """Cuts a step at the first stop string, which may have begun in earlier steps."""
+        stops = self._run.config.stop
+        if not stops:
+            return decision, texts
+        longest = max(len(stop) for stop in stops)
+        before = self._tail
+        text = before
+        for count, piece in enumerate(texts, start=1):
+            text += piece
+            found = [index for index in (text.find(stop) for stop in stops) if index >= 0]
+            if found:
+                self.stopped = not decision.provisional
+                texts, excess = _shorten(texts[:count], len(text) - min(found))
+                self._take_back(0 if decision.provisional else excess)
+                return replace_emitted(decision, count), texts
+        self._tail = text[-(longest - 1) :] if longest > 1 else ""
+        return decision, texts
+
+
+def _shorten(texts: Sequence[str], excess: int) -> tuple[list[str], int]:
+    """Takes `excess` characters off the end of the joined texts; also says how many are left."""
+    shortened = list(texts)
+    for index in range(len(texts) - 1, -1, -1):
+        taken = min(excess, len(texts[index]))
+        shortened[index] = texts[index][: len(texts[index]) - taken]
+        excess -= taken
+    return shortened, excess
+
+
+def _clock(device: torch.device) -> Clock:
+    return CudaClock() if device.type == "cuda" else WallClock()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.synchronize(index)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _warm_up(pair: ModelPair) -> None:
+    """The first passes of a model pay for allocations and kernels; no run should."""
+    for model in (pair.target, pair.draft):
+        if isinstance(model, PreTrainedModel) and model not in _warmed:
+            lm = CachedLM(model, pair.vocab_size)
+            tokens = torch.zeros(1, dtype=torch.int64, device=lm.device)
+            lm.prefill(tokens)
+            for rows in (1, 5):
+                lm.forward(tokens.expand(rows))
+            _synchronize(pair.device)
+            _warmed.add(model)
+
+
+def _versions(device: torch.device) -> dict[str, str]:
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    return {
+        "mtad": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "hardware": hardware,
+    }

@@ -1,0 +1,189 @@
+"""From logits to choices: warped distributions, residuals, draws from explicit uniforms.
+
+Pure functions on tensors. Nothing here owns a generator or knows a model: randomness comes in
+as uniforms in [0, 1), so that a test can enumerate it. No function reads a value back to the
+host, so that a whole draft can be written without a synchronisation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtad.config import DecodeConfig
+
+_TINY = 1e-300
+
+
+def wide(values: Tensor) -> Tensor:
+    """`values` in float64, the type in which joints are summed and masses compared.
+
+    Apple's MPS has no float64 and stays in float32 (untested).
+    """
+    return values.float() if values.device.type == "mps" else values.double()
+
+
+def uniforms(generator: torch.Generator, count: int) -> Tensor:
+    """`count` uniforms in [0, 1) on the generator's device, float64 where there is one."""
+    device = generator.device
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    return torch.rand(count, generator=generator, device=device, dtype=dtype)
+
+
+@dataclass(frozen=True)
+class Warped:
+    """Next-token distributions, each on a support of K tokens.
+
+    With top-k the support is small, so everything after the warp costs next to nothing even
+    for a large vocabulary.
+
+    Attributes:
+        token_ids: [..., K] int64, distinct within a row.
+        logprobs: [..., K], normalised; −∞ for a token of the support that was filtered out.
+        vocab_size: V; tokens outside the support have probability 0.
+    """
+
+    token_ids: Tensor
+    logprobs: Tensor
+    vocab_size: int
+
+    def logprob_of(self, tokens: Tensor) -> Tensor:
+        """[...] tokens, one a row → [...] their log-probabilities, −∞ outside the support."""
+        hits = self.token_ids == tokens.unsqueeze(-1)
+        return torch.where(hits, self.logprobs, -torch.inf).amax(-1)
+
+    def dense(self) -> Tensor:
+        """[..., V] log-probabilities over the whole vocabulary."""
+        shape = (*self.logprobs.shape[:-1], self.vocab_size)
+        return self.logprobs.new_full(shape, -torch.inf).scatter(-1, self.token_ids, self.logprobs)
+
+    def row(self, index: Tensor) -> Warped:
+        """One row of a [rows, K] distribution, by a tensor of one element (no host read)."""
+        picked = self.select(index.view(1))
+        return Warped(picked.token_ids[0], picked.logprobs[0], self.vocab_size)
+
+    def select(self, index: Tensor) -> Warped:
+        """[n] rows of a [rows, K] distribution, by an index tensor."""
+        return Warped(
+            self.token_ids.index_select(0, index),
+            self.logprobs.index_select(0, index),
+            self.vocab_size,
+        )
+
+    def rows(self, start: int, stop: int) -> Warped:
+        """Rows start to stop of a [rows, K] distribution."""
+        return Warped(self.token_ids[start:stop], self.logprobs[start:stop], self.vocab_size)
+
+    def entropy(self) -> Tensor:
+        """[...] entropy of each row, in nats."""
+        terms = self.logprobs.exp() * self.logprobs
+        return -torch.where(self.logprobs == -torch.inf, 0.0, terms).sum(-1)
+
+
+def warp(logits: Tensor, config: DecodeConfig) -> Warped:
+    """The conditionals that every rule works on: temperature, top-k, top-p, renormalised.
+
+    In float32. The token that crosses top_p is kept. At temperature 0 the distribution is a
+    one-hot at the argmax (ties: lowest id).
+
+    Args:
+        logits: [..., V], raw.
+        config: temperature, top_k and top_p are read.
+    """
+    logits = logits.float()
+    vocab_size = logits.shape[-1]
+    if config.temperature == 0.0:
+        best = logits.argmax(-1, keepdim=True)
+        return Warped(best, torch.zeros_like(best, dtype=torch.float32), vocab_size)
+    if 0 < config.top_k < vocab_size:
+        values, token_ids = logits.topk(config.top_k, dim=-1)
+    elif config.top_p < 1.0:
+        values, token_ids = logits.sort(dim=-1, descending=True, stable=True)
+    else:
+        values = logits
+        token_ids = torch.arange(vocab_size, device=logits.device).expand(logits.shape)
+    # The maximum goes first: a tiny temperature must not overflow.
+    scaled = (values - values.amax(-1, keepdim=True)) / config.temperature
+    logprobs = scaled.log_softmax(-1)
+    if config.top_p < 1.0:
+        mass_through = logprobs.exp().cumsum(-1)
+        mass_before = torch.nn.functional.pad(mass_through[..., :-1], (1, 0))
+        logprobs = torch.where(mass_before < config.top_p, logprobs, -torch.inf).log_softmax(-1)
+    return Warped(token_ids, logprobs, vocab_size)
+
+
+def score(logits: Tensor, config: DecodeConfig) -> Warped:
+    """What the joint methods (`beam`, `mtjd`, `mtad`, `mtad_tree`) score blocks with.
+
+    The warped conditionals; at temperature 0, where they choose by maximum instead of by draw,
+    the unfiltered log-softmax at temperature 1, so that joints and ratios stay finite.
+    """
+    if config.temperature > 0.0:
+        return warp(logits, config)
+    return unwarped(logits)
+
+
+def unwarped(logits: Tensor) -> Warped:
+    """[..., V] logits → the model's own distribution: temperature 1, no filter."""
+    token_ids = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape)
+    return Warped(token_ids, logits.float().log_softmax(-1), logits.shape[-1])
+
+
+def draw(distribution: Warped, uniform: Tensor) -> Tensor:
+    """[...] rows and as many uniforms → [...] tokens, by inverting the cumulative mass.
+
+    A token of probability 0 is never drawn: the cumulative mass does not rise there.
+    """
+    mass = wide(distribution.logprobs).exp().cumsum(-1)
+    level = (uniform.to(mass.dtype) * mass[..., -1]).unsqueeze(-1)
+    index = torch.searchsorted(mass, level, right=True).clamp_max(mass.shape[-1] - 1)
+    return distribution.token_ids.gather(-1, index).squeeze(-1)
+
+
+def draw_distinct(logprobs: Tensor, uniform: Tensor, count: int) -> Tensor:
+    """`count` distinct indices drawn one after another with probability ∝ exp(logprobs).
+
+    An exponential race: the index with the smallest E/weight wins, E = −log(1 − u), which is the
+    same law as drawing without replacement and renormalising after each draw. Entries of
+    probability 0 come last; where fewer than `count` entries are positive, the caller must look
+    at `logprobs` of what came back. (`torch.multinomial` would return them silently.)
+
+    Args:
+        logprobs: [n] log-weights, not necessarily normalised; −∞ allowed.
+        uniform: [n] uniforms in [0, 1).
+        count: how many; at most n.
+
+    Returns:
+        [count] int64, in the order of the draw.
+    """
+    races = (-torch.log1p(-uniform)).clamp_min(_TINY).log()
+    return (wide(logprobs) - races).topk(count).indices
+
+
+def residual(target: Warped, draft: Warped) -> Warped:
+    """norm(max(p − q, 0)) for single rows ([K]); p itself where that mass rounds to 0.
+
+    Source: Leviathan et al. 2023, algorithm 1; Chen et al. 2023, equation 2.
+    """
+    draft_mass = wide(draft.dense().gather(-1, target.token_ids)).exp()
+    target_mass = wide(target.logprobs).exp()
+    left = (target_mass - draft_mass).clamp_min(0.0)
+    left = torch.where(left.sum(-1, keepdim=True) > 0.0, left, target_mass)
+    return Warped(
+        target.token_ids, (left / left.sum(-1, keepdim=True)).log(), target.vocab_size
+    )
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """[rows, V] raw logits, [rows] tokens → [rows] log p at temperature 1 without filters."""
+    logits = logits.float()
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+
+
+def top_alternatives(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """[rows, V] raw logits → the `count` best tokens and their log p at temperature 1."""
+    logits = logits.float()
+    values, token_ids = logits.topk(min(count, logits.shape[-1]), dim=-1)
+    return token_ids, values - logits.logsumexp(-1, keepdim=True)
