@@ -14,8 +14,6 @@ from torch import Tensor
 
 from mtad.config import DecodeConfig
 
-_TINY = 1e-300
-
 
 def wide(values: Tensor) -> Tensor:
     """`values` in float64, the type in which joints are summed and masses compared.
@@ -158,7 +156,9 @@ def draw_distinct(logprobs: Tensor, uniform: Tensor, count: int) -> Tensor:
     Returns:
         [count] int64, in the order of the draw.
     """
-    races = (-torch.log1p(-uniform)).clamp_min(_TINY).log()
+    exponentials = -torch.log1p(-wide(uniform))
+    # A uniform of exactly 0 wins its race, but not for an entry of probability 0.
+    races = exponentials.clamp_min(torch.finfo(exponentials.dtype).tiny).log()
     return (wide(logprobs) - races).topk(count).indices
 
 

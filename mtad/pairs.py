@@ -1,0 +1,288 @@
+"""Pairs of a target and a draft: made by hand, or loaded by the name of a preset.
+
+A `ModelPair` is checked when it is made, so that a decoder can rely on it: both models are
+decoder-only, their caches roll back, their vocabularies mean the same tokens, and they stand on
+one device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from mtad import inspection, loading
+from mtad.draft import Drafter
+from mtad.errors import ConfigError, PairError
+from mtad.fetch import SMOLLM2, fetch, quiet
+from mtad.presets import DTYPE_BYTES, Preset, find_preset, presets
+from mtad.trace import ModelInfo
+from mtad.wheel import Progress
+
+__all__ = ["ENGINES", "ModelPair", "load_pair", "load_preset", "presets", "unavailable_reason"]
+
+# Engines that a pair can be run on; None means the first.
+ENGINES = ("eager",)
+
+# The target's layers of which the embedded pair's stand-in draft is made. Removed one after the
+# other, each time the one whose loss costs the least overlap of draft and target; see docs/log.md.
+STAND_IN_LAYERS = (*range(0, 3), *range(4, 14), *range(19, 30))
+_STAND_IN_NOTE = (
+    f"Untrained stand-in: {len(STAND_IN_LAYERS)} of the target's 30 layers. It shows the methods,"
+    " but costs nearly as much as the target, so that no method is faster with it."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelPair:
+    """A target, a draft, and what they have in common.
+
+    Both models are put into eval mode: with dropout the same seed would not give the same text.
+
+    Attributes:
+        target: a Hugging Face causal model.
+        draft: another of the same vocabulary; or a `Drafter`; or None, for methods that run on
+            the target alone.
+        tokenizer: the target's; None for pairs that are run with `prompt_ids` only.
+        name: of the pair.
+        engine: how the models are run; one of `ENGINES`.
+        draft_tokenizer: the draft's own tokenizer. It is only compared with the target's.
+        target_name: shown instead of the name that the target was loaded under.
+        target_revision: shown instead of the commit that the target was loaded from.
+        target_note: what a reader must know of the target.
+        draft_name: shown instead of the name that the draft was loaded under.
+        draft_revision: shown instead of the commit that the draft was loaded from.
+        draft_note: what a reader must know of the draft.
+        notes: what a reader of any result of this pair must know.
+
+    Raises:
+        PairError: the models cannot work together; the message names the reason.
+        ConfigError: there is no such engine.
+    """
+
+    target: PreTrainedModel
+    draft: PreTrainedModel | Drafter | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    name: str = "custom"
+    engine: str = "eager"
+    draft_tokenizer: PreTrainedTokenizerBase | None = field(default=None, repr=False)
+    target_name: str = ""
+    target_revision: str = ""
+    target_note: str = ""
+    draft_name: str = ""
+    draft_revision: str = ""
+    draft_note: str = ""
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_engine(self.engine)
+        inspection.check_model("target", self.target)
+        self.target.eval()
+        if isinstance(self.draft, PreTrainedModel):
+            inspection.check_model("draft", self.draft)
+            self.draft.eval()
+            here, there = self.device, inspection.device_of(self.draft)
+            if here != there:
+                raise PairError(
+                    f"The target is on {here}, the draft on {there}. Move both to one device."
+                )
+        elif self.draft is not None and not isinstance(self.draft, Drafter):
+            raise PairError(
+                f"The draft is a {type(self.draft).__name__}, but must be a Hugging Face causal"
+                " language model, an object with prefill, next_logits, keep and vocab_size, or"
+                " None."
+            )
+        if self.draft is not None:
+            inspection.check_vocabularies(
+                inspection.vocab_size(self.target), self._draft_vocab_size()
+            )
+        if self.tokenizer is not None:
+            inspection.check_tokenizer(self.tokenizer, self.vocab_size)
+            if self.draft_tokenizer is not None:
+                inspection.check_same_tokens(self.tokenizer, self.draft_tokenizer, self.vocab_size)
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """Size of the common vocabulary, to which both models' logits are cut."""
+        sizes = [inspection.vocab_size(self.target)]
+        if self.draft is not None:
+            sizes.append(self._draft_vocab_size())
+        return min(sizes)
+
+    @functools.cached_property
+    def context_length(self) -> int:
+        """Most tokens of prompt and answer together that both models can hold."""
+        lengths = [inspection.context_length(self.target)]
+        if isinstance(self.draft, PreTrainedModel):
+            lengths.append(inspection.context_length(self.draft))
+        elif isinstance(getattr(self.draft, "context_length", None), int):
+            lengths.append(self.draft.context_length)  # type: ignore[union-attr]
+        return min(lengths)
+
+    @functools.cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer; empty if there are none."""
+        return inspection.eos_token_ids(self.target, self.tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return inspection.device_of(self.target)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the target's weights."""
+        dtype: torch.dtype = self.target.dtype
+        return dtype
+
+    @functools.cached_property
+    def target_info(self) -> ModelInfo:
+        """Name, revision, sizes and note of the target."""
+        return inspection.model_info(
+            self.target, self.target_name, self.target_revision, self.target_note
+        )
+
+    @functools.cached_property
+    def draft_info(self) -> ModelInfo | None:
+        """The same of the draft; a `Drafter` may bring its own as `info`. None without a draft."""
+        if self.draft is None:
+            return None
+        if isinstance(self.draft, PreTrainedModel):
+            return inspection.model_info(
+                self.draft, self.draft_name, self.draft_revision, self.draft_note
+            )
+        own = getattr(self.draft, "info", None)
+        if isinstance(own, ModelInfo):
+            return own
+        name = self.draft_name or type(self.draft).__name__
+        return ModelInfo(name=name, revision=self.draft_revision, note=self.draft_note)
+
+    def _draft_vocab_size(self) -> int:
+        if isinstance(self.draft, PreTrainedModel):
+            return inspection.vocab_size(self.draft)
+        assert self.draft is not None
+        return int(self.draft.vocab_size)
+
+
+def check_engine(engine: str | None) -> str:
+    """The engine's name; the first of `ENGINES` for None.
+
+    Raises:
+        ConfigError: there is no such engine.
+    """
+    if engine is None:
+        return ENGINES[0]
+    if engine not in ENGINES:
+        allowed = ", ".join(f'"{name}"' for name in ENGINES)
+        raise ConfigError(f"engine is {str(engine)[:60]!r}, but must be one of {allowed}.")
+    return engine
+
+
+def load_pair(
+    name: str,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    engine: str | None = None,
+    progress: Progress | None = None,
+) -> ModelPair:
+    """Loads a pair of `presets()`; fetches its weights first if they are not there.
+
+    Args:
+        name: id of a preset, such as "smollm2".
+        device: "cpu", "cuda", "cuda:1", "mps"; None chooses CUDA, else MPS (untested), else CPU.
+        dtype: "float32", "bfloat16" or "float16"; None chooses float32 on CPU and MPS, bfloat16
+            on CUDA (float16 where the board has no bfloat16).
+        engine: "eager", which is also what None means.
+        progress: called with a stage, the bytes done and the bytes in all (0 where unknown).
+
+    Raises:
+        PairError: no such pair, a licence not accepted, no network, not enough memory.
+        FetchError: the embedded weights could not be fetched.
+        ConfigError: device, dtype or engine is not one of the allowed.
+    """
+    return load_preset(find_preset(name), device, dtype, engine, progress)
+
+
+def unavailable_reason(
+    preset: Preset,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> str | None:
+    """Why this machine cannot hold a preset's models, None if it can (or nobody can tell)."""
+    chosen = loading.resolve_device(device)
+    return loading.too_big(preset, chosen, loading.resolve_dtype(dtype, chosen))
+
+
+def load_preset(
+    preset: Preset,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    engine: str | None = None,
+    progress: Progress | None = None,
+) -> ModelPair:
+    """As `load_pair`, of any preset. Its repositories may be folders; take none from a visitor."""
+    chosen_engine = check_engine(engine)
+    place = loading.resolve_device(device)
+    kind = loading.resolve_dtype(dtype, place)
+    reason = loading.too_big(preset, place, kind)
+    if reason:
+        raise PairError(f"{reason}. Choose a smaller pair, another device, or a smaller dtype.")
+    notes = ("MPS is untested: compare a short answer with the CPU.",) * (place.type == "mps")
+    if preset.embedded:
+        pair = _load_embedded(preset, place, kind, progress)
+    else:
+        pair = _load_hub(preset, place, kind, progress)
+    return dataclasses.replace(pair, engine=chosen_engine, notes=notes + pair.notes)
+
+
+def _load_embedded(
+    preset: Preset, device: torch.device, dtype: torch.dtype, progress: Progress | None
+) -> ModelPair:
+    folder = fetch(progress=progress)
+    if progress is not None:
+        progress("load", 0, SMOLLM2.folder_bytes)
+    with quiet():
+        target = loading.load_repository(folder, device, dtype, spread=False)
+    draft = loading.layer_subset(target.model, STAND_IN_LAYERS)
+    if progress is not None:
+        progress("load", SMOLLM2.folder_bytes, SMOLLM2.folder_bytes)
+    return ModelPair(
+        target.model,
+        draft,
+        target.tokenizer,
+        name=preset.id,
+        target_name=preset.target,
+        target_revision=f"{SMOLLM2.requirement}, {SMOLLM2.payload_sha256[:12]}",
+        target_note="Dequantised from the 4-bit Q4_1 file.",
+        draft_name=f"{preset.target}, {len(STAND_IN_LAYERS)} of 30 layers",
+        draft_note=_STAND_IN_NOTE,
+        notes=(f"The draft is an untrained stand-in, {_STAND_IN_NOTE.partition(': ')[2]}",),
+    )
+
+
+def _load_hub(
+    preset: Preset, device: torch.device, dtype: torch.dtype, progress: Progress | None
+) -> ModelPair:
+    size = DTYPE_BYTES[loading.dtype_name(dtype)]
+    total = (preset.target_parameters + preset.draft_parameters) * size
+    spread = loading.must_spread(preset.memory_bytes(loading.dtype_name(dtype)), device)
+    if progress is not None:
+        progress("load", 0, total)
+    target = loading.load_repository(preset.target, device, dtype, spread=spread)
+    if progress is not None:
+        progress("load", preset.target_parameters * size, total)
+    # The draft stands where the target takes its token ids in.
+    there = inspection.device_of(target.model)
+    draft = loading.load_repository(preset.draft, there, dtype, spread=False)
+    if progress is not None:
+        progress("load", total, total)
+    return ModelPair(
+        target.model,
+        draft.model,
+        target.tokenizer,
+        name=preset.id,
+        draft_tokenizer=draft.tokenizer,
+    )

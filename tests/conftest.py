@@ -1,0 +1,24 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from tests.models import load_real_pair
+
+# Slow machines are no failures: the time limit of a test is pytest-timeout's.
+settings.register_profile(
+    "mtad", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+settings.load_profile("mtad")
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Any:
+    """The real embedded pair, fetched on first use."""
+    return load_real_pair()
