@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -106,7 +107,10 @@ class DecodeConfig:
         return dataclasses.replace(self, num_draft_tokens=default)
 
     def _refuse(self, name: str, value: object, allowed: str) -> None:
-        shown = repr(value)
+        try:
+            shown = repr(value)
+        except ValueError:  # Python writes no whole number of more than 4,300 digits
+            shown = "a number of thousands of digits"
         if len(shown) > 60:
             shown = shown[:57] + "..."
         raise ConfigError(f"{name} is {shown}, but must be {allowed}.")
@@ -114,11 +118,13 @@ class DecodeConfig:
     def _int(self, name: str, low: int, high: int, extra: str = "") -> None:
         value: Any = getattr(self, name)
         allowed = f"a whole number from {low} to {high}{extra}"
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
+        try:
+            number = low - 1 if isinstance(value, bool) else operator.index(value)
+        except TypeError:
+            number = low - 1
+        if not low <= number <= high:
             self._refuse(name, value, allowed)
-        if not low <= value <= high:
-            self._refuse(name, value, allowed)
-        object.__setattr__(self, name, int(value))
+        object.__setattr__(self, name, number)
 
     def _float(
         self, name: str, low: float, high: float, *, above: bool = False, or_zero: bool = False
@@ -127,9 +133,10 @@ class DecodeConfig:
         start = f"greater than {low:g}" if above else f"at least {low:g}"
         end = "finite" if high == math.inf else f"at most {high:g}"
         allowed = ("0, or " if or_zero else "") + f"a number {start} and {end}"
-        if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
-            self._refuse(name, value, allowed)
-        number = float(value)
+        try:
+            number = math.nan if isinstance(value, (bool, str, bytes)) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
         inside = (low < number if above else low <= number) or (or_zero and number == 0.0)
         if not (math.isfinite(number) and inside and number <= high):
             self._refuse(name, value, allowed)
@@ -163,4 +170,6 @@ class DecodeConfig:
             self._refuse("stop", value, allowed)
         if any(not isinstance(text, str) or not text for text in value):
             self._refuse("stop", value, allowed)
+        if any(text.encode(errors="ignore").decode() != text for text in value):
+            self._refuse("stop", value, f"{allowed} of whole characters (no lone surrogates)")
         object.__setattr__(self, "stop", tuple(value))

@@ -28,8 +28,10 @@ class Drafter(Protocol):
     vocab_size: int
 
     def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
-        """Starts a new run with [n] tokens and, for drafts that read them, the target's last
-        hidden states [n, H] at these tokens.
+        """Starts a new run with [n] tokens.
+
+        `target_hidden` are the target's last hidden states [n, H] at these tokens, for drafts
+        that read them; None otherwise.
         """
 
     def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor:

@@ -1,5 +1,8 @@
-"""The exceptions that a user may see. Their messages are shown verbatim, so each one names
-the value, the allowed range and the next step. Everything else that escapes is a bug."""
+"""The exceptions that a user may see.
+
+Their messages are shown verbatim, so each one names the value, the allowed range and the next
+step. Everything else that escapes is a bug.
+"""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class CudaClock:
 
     def mark(self) -> torch.cuda.Event:
         """An event at the present end of the stream."""
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
@@ -161,7 +161,8 @@ class CachedLM:
 
     def prefill(self, token_ids: Tensor) -> None:
         """Commits [n] tokens without looking at their logits. Not counted as a pass."""
-        for chunk in token_ids.split(PREFILL_CHUNK_TOKENS) if token_ids.shape[0] else ():
+        for start in range(0, token_ids.shape[0], PREFILL_CHUNK_TOKENS):
+            chunk = token_ids[start : start + PREFILL_CHUNK_TOKENS]
             self._check()
             with self._recorder.span("prefill"):
                 self._call(chunk, None, self._positions(chunk.shape[0]), **self._last_logit_only)
@@ -252,9 +253,7 @@ class CachedLM:
             levels = count
         self._ancestors = tree.extend_ancestors(self._ancestors, parents, levels)
         masks = {
-            kind: tree.additive_mask(
-                self._ancestors, self.length, count, self._dtype, window
-            )
+            kind: tree.additive_mask(self._ancestors, self.length, count, self._dtype, window)
             for kind, window in self._windows.items()
         }
         positions = self.length + tree.node_depths(self._ancestors)[-count:]

@@ -7,6 +7,7 @@ the same device follow each other; no two runs share state.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import platform
@@ -14,7 +15,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +82,8 @@ def stream(
     Raises:
         ConfigError, PromptError, PairError, BudgetError: with a message for the user, before
             the first Step where possible.
+        Cancelled, DeadlineExceeded: it ended while waiting for the device, so that there is no
+            run to make a Trace of.
     """
     run = _Run(
         method_info(method),
@@ -144,7 +147,8 @@ class _Run:
         deadline_seconds: float | None,
         meter: Meter | None,
     ) -> None:
-        if deadline_seconds is not None and not deadline_seconds > 0:
+        number = isinstance(deadline_seconds, (int, float)) and deadline_seconds > 0
+        if deadline_seconds is not None and not number:
             raise ConfigError(
                 f"deadline_seconds is {deadline_seconds!r}, but must be a number greater than 0."
             )
@@ -229,7 +233,8 @@ class _Run:
 
     def _decode(self) -> Trace:
         pair, device = self.pair, self.pair.device
-        _warm_up(pair)
+        with contextlib.suppress(Cancelled):  # the run's own first pass says so again
+            _warm_up(pair, self._check)
         meter = self._meter or probe(device)
         timing = _Timing(device, meter)
         recorder = Recorder(_clock(device), on_decode=timing.begin_decoding)
@@ -315,13 +320,14 @@ class _Timing:
     def __init__(self, device: torch.device, meter: Meter) -> None:
         self.meter = meter
         self._device = device
-        self._began = self._decode_began = self._ended = 0.0
+        self._began = self._ended = 0.0
+        self._decode_began: float | None = None
 
     def begin(self) -> None:
         """Opens the end-to-end window."""
         _synchronize(self._device)
         self.meter.start()
-        self._began = self._decode_began = time.perf_counter()
+        self._began = time.perf_counter()
 
     def begin_decoding(self) -> None:
         """Opens the decode window: the prefill is over."""
@@ -333,20 +339,25 @@ class _Timing:
         """Closes both windows and gives the meter's readings."""
         _synchronize(self._device)
         self._ended = time.perf_counter()
+        if self._decode_began is None:  # stopped during the prefill: no second was decoding
+            self._decode_began = self._ended
         return self.meter.stop()
 
     def since_decoding_began(self) -> float:
-        """Seconds."""
-        return time.perf_counter() - self._decode_began
+        """Seconds; 0 before it has."""
+        began = self._decode_began
+        return 0.0 if began is None else time.perf_counter() - began
 
     @property
     def prefill_seconds(self) -> float:
         """Known once decoding has begun."""
+        assert self._decode_began is not None
         return self._decode_began - self._began
 
     @property
     def decode_seconds(self) -> float:
         """Known after `end`."""
+        assert self._decode_began is not None
         return self._ended - self._decode_began
 
 
@@ -417,13 +428,9 @@ class _Scribe:
             if not excess:
                 return
             texts, excess = _shorten(self.steps[index].emitted_texts, excess)
-            self.steps[index] = dataclasses.replace(
-                self.steps[index], emitted_texts=tuple(texts)
-            )
+            self.steps[index] = dataclasses.replace(self.steps[index], emitted_texts=tuple(texts))
 
-    def _cut_at_stop(
-        self, decision: Decision, texts: list[str]
-    ) -> tuple[Decision, list[str]]:
+    def _cut_at_stop(self, decision: Decision, texts: list[str]) -> tuple[Decision, list[str]]:
         """Cuts a step at the first stop string, which may have begun in earlier steps."""
         stops = self._run.config.stop
         if not stops:
@@ -465,11 +472,11 @@ def _synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _warm_up(pair: ModelPair) -> None:
+def _warm_up(pair: ModelPair, check: Callable[[], None]) -> None:
     """The first passes of a model pay for allocations and kernels; no run should."""
     for model in (pair.target, pair.draft):
         if isinstance(model, PreTrainedModel) and model not in _warmed:
-            lm = CachedLM(model, pair.vocab_size)
+            lm = CachedLM(model, pair.vocab_size, check=check)
             tokens = torch.zeros(1, dtype=torch.int64, device=lm.device)
             lm.prefill(tokens)
             for rows in (1, 5):

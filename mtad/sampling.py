@@ -171,9 +171,7 @@ def residual(target: Warped, draft: Warped) -> Warped:
     target_mass = wide(target.logprobs).exp()
     left = (target_mass - draft_mass).clamp_min(0.0)
     left = torch.where(left.sum(-1, keepdim=True) > 0.0, left, target_mass)
-    return Warped(
-        target.token_ids, (left / left.sum(-1, keepdim=True)).log(), target.vocab_size
-    )
+    return Warped(target.token_ids, (left / left.sum(-1, keepdim=True)).log(), target.vocab_size)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ token in it is encoded as the characters it consists of and can open no other ro
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ def encode_prompt(
     if prompt_ids is not None:
         if not len(prompt_ids):
             raise PromptError("prompt_ids is empty. Give at least one token.")
-        return [int(token) for token in prompt_ids]
+        return [_checked_id(token) for token in prompt_ids]
     if tokenizer is None:
         raise PromptError(f"{names[0]} needs a tokenizer, and this pair has none. Use prompt_ids.")
     if raw_prompt is not None:
@@ -70,25 +71,44 @@ def encode_prompt(
     return _some_ids(_encode_chat(tokenizer, turns))
 
 
-def _check_content(text: object, name: str) -> None:
+def _checked_id(token: object) -> int:
+    try:
+        return operator.index(token)  # type: ignore[arg-type]
+    except TypeError:
+        shown = repr(token)[:60]
+        raise PromptError(f"prompt_ids holds {shown}, but must hold whole numbers.") from None
+
+
+def _check_text(text: object, name: str) -> str:
     if not isinstance(text, str):
         raise PromptError(f"{name} is {type(text).__name__}, but must be text.")
-    if not text.strip():
+    if text.encode(errors="ignore").decode() != text:
+        raise PromptError(f"{name} holds half of a character (a lone surrogate). Remove it.")
+    return text
+
+
+def _check_content(text: object, name: str) -> str:
+    content = _check_text(text, name)
+    if not content.strip():
         raise PromptError(f"{name} is empty. Write at least one word.")
+    return content
 
 
 def _checked_turns(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     turns: list[dict[str, str]] = []
     for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise PromptError(
+                f"messages[{index}] is {type(message).__name__}, but must have a role and content."
+            )
         role = message.get("role")
         if role not in _ROLES:
             raise PromptError(
                 f"messages[{index}] has role {role!r}, but must have one of: {', '.join(_ROLES)}."
             )
-        content = message.get("content")
-        if role != "system":
-            _check_content(content, f"messages[{index}]")
-        turns.append({"role": role, "content": str(content or "")})
+        check = _check_text if role == "system" else _check_content  # a system turn may be empty
+        content = check(message.get("content") or "", f"messages[{index}]")
+        turns.append({"role": role, "content": content})
     if not turns or turns[-1]["role"] != "user":
         raise PromptError("messages is empty or does not end with a user's turn. Add one.")
     return turns
@@ -115,10 +135,7 @@ def _encode_chat(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
     marks = [f"{mark}-{index}." for index in range(len(turns))]
     template = _render(
         tokenizer,
-        [
-            {"role": turn["role"], "content": name}
-            for turn, name in zip(turns, marks, strict=True)
-        ],
+        [{"role": turn["role"], "content": name} for turn, name in zip(turns, marks, strict=True)],
     )
     token_ids: list[int] = []
     for name, turn in zip(marks, turns, strict=True):
@@ -149,7 +166,10 @@ class Detokenizer:
         self._window: list[int] = []
         self._shown = 0
         if tokenizer is not None:
-            self._special = frozenset(tokenizer.all_special_ids)
+            added = tokenizer.added_tokens_decoder.items()
+            self._special = frozenset(tokenizer.all_special_ids) | {
+                token_id for token_id, token in added if token.special
+            }
             self._window = [t for t in prompt_ids[-8:] if t not in self._special]
             self._shown = len(self._decode(self._window))
             self._anchor = tokenizer("a", add_special_tokens=False)["input_ids"]

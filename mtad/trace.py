@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -28,7 +29,7 @@ from pydantic import (
 from mtad.config import DecodeConfig
 from mtad.errors import TraceError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 MAX_TRACE_BYTES = 64 * 1024 * 1024
 MAX_STEPS = 131_072
 MAX_NODES = 4096
@@ -54,7 +55,9 @@ LogProb = Annotated[
     BeforeValidator(_from_json_logprob),
     PlainSerializer(_to_json_logprob, return_type=float | None),
 ]
-TokenId = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+# A browser holds whole numbers exactly up to here.
+Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -140,6 +143,9 @@ class Alternative:
     logprob: LogProb
     text: str = ""
 
+    def __post_init__(self) -> None:
+        _check_logprobs("logprob", (self.logprob,))
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -172,9 +178,9 @@ class Decision:
     emitted_logprobs: tuple[LogProb, ...] = ()
     final_kind: FinalKind | None = None
     alternatives: tuple[tuple[Alternative, ...], ...] = ()
-    target_passes: Annotated[int, Field(ge=0)] = 1
-    target_positions: Annotated[int, Field(ge=0)] = 1
-    draft_passes: Annotated[int, Field(ge=0)] = 0
+    target_passes: Count = 1
+    target_positions: Count = 1
+    draft_passes: Count = 0
     provisional: bool = False
 
     def __post_init__(self) -> None:
@@ -203,9 +209,9 @@ class Decision:
     @property
     def kinds(self) -> tuple[TokenKind, ...]:
         """Provenance of each emitted token."""
-        accepted: tuple[TokenKind, ...] = ("accepted",) * min(len(self.path), len(self.emitted))
-        rest = len(self.emitted) - len(accepted)
-        return accepted + ((self.final_kind or "sampled"),) * rest
+        accepted = min(len(self.path), len(self.emitted))
+        last: TokenKind = self.final_kind or "sampled"
+        return tuple("accepted" if i < accepted else last for i in range(len(self.emitted)))
 
 
 @dataclass(frozen=True)
@@ -244,6 +250,41 @@ class EnergyReading:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """How far an accepted prefix x can be, and is, from the best block y of its length.
+
+    Acceptance says log p(x) > log q(x) + log τ, hence
+    log p(y)/p(x) < log p(y)/q(y) + log q(y)/q(x) + log 1/τ. All in nats.
+
+    Attributes:
+        certified: log p(x) − log q(x), which exceeds log τ.
+        slack: log 1/τ.
+        gap: log p(y) − log p(x), the true gap.
+        draft_error: log p(y) − log q(y); None where q(y) = 0.
+        search_gap: log q(y) − log q(x); None where q(y) = 0.
+        best_token_ids: y.
+        reason: why there is no bound.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    certified: float
+    slack: float
+    gap: float
+    draft_error: float | None
+    search_gap: float | None
+    best_token_ids: tuple[TokenId, ...]
+    reason: str | None = None
+
+    @property
+    def limit(self) -> float | None:
+        """The sum of the three terms; the gap is smaller. None where q(y) = 0."""
+        if self.draft_error is None or self.search_gap is None:
+            return None
+        return self.draft_error + self.search_gap + self.slack
+
+
+@dataclass(frozen=True)
 class Step:
     """A decision with its texts and its price: what the page draws for one iteration.
 
@@ -257,11 +298,13 @@ class Step:
         verify_seconds: spent in the target model.
         seconds: since decoding began (prefill excluded), at the end of this step.
         joules: since decoding began, where the meter can say so while running; else None.
+        bound: the certified bound with the true gap to exact joint decoding, where someone
+            asked for it and the search fitted the node budget; else None.
     """
 
     __pydantic_config__ = _STRICT
 
-    index: Annotated[int, Field(ge=0)]
+    index: Count
     decision: Decision
     emitted_texts: tuple[str, ...]
     node_texts: tuple[str, ...]
@@ -269,6 +312,7 @@ class Step:
     verify_seconds: float
     seconds: float
     joules: float | None = None
+    bound: Bound | None = None
 
     def __post_init__(self) -> None:
         _check(len(self.emitted_texts) == len(self.decision.emitted), "one text an emitted token")
@@ -288,14 +332,14 @@ class ModelInfo:
 
     name: str
     revision: str = ""
-    parameters: int = 0
-    weight_bytes: int = 0
+    parameters: Count = 0
+    weight_bytes: Count = 0
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The measures of a run; docs/measures.md gives their exact meaning. None: not defined or not measured.
+    """The measures of a run. None stands for what is not defined or was not measured.
 
     Attributes:
         tokens: emitted tokens.
@@ -322,8 +366,8 @@ class Summary:
 
     __pydantic_config__ = _STRICT
 
-    tokens: int
-    target_passes: int
+    tokens: Count
+    target_passes: Count
     decode_seconds: float
     prefill_seconds: float
     time_to_first_token_seconds: float | None
@@ -387,7 +431,12 @@ class Trace:
     end_to_end_energy: EnergyReading
     summary: Summary
     notes: tuple[str, ...] = ()
-    schema_version: Literal[1] = field(default=SCHEMA_VERSION)
+    schema_version: Literal[1] = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        for index, step in enumerate(self.steps):
+            _check(step.index == index, f"step {index} has index {step.index}")
+            _check(not step.decision.provisional, f"step {index} is provisional")
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -399,8 +448,19 @@ class Trace:
         return tuple(step.decision for step in self.steps)
 
     def to_json(self, *, indent: int | None = None) -> str:
-        """This trace as JSON text; `from_json` gives an equal trace back."""
-        return _adapter().dump_json(self, indent=indent).decode()
+        """This trace as JSON text; `from_json` gives an equal trace back.
+
+        Raises:
+            TraceError: a figure is NaN or infinite, which JSON cannot say.
+        """
+        plain = _adapter().dump_python(self, mode="json")
+        separators = (",", ":") if indent is None else None
+        try:
+            return json.dumps(
+                plain, allow_nan=False, ensure_ascii=False, indent=indent, separators=separators
+            )
+        except ValueError as error:
+            raise TraceError(f"This trace cannot be written: {error}.") from None
 
     @staticmethod
     def from_json(text: str | bytes) -> Trace:
@@ -429,7 +489,7 @@ def _adapter() -> TypeAdapter[Trace]:
 def _explain(error: ValidationError) -> str:
     """The first thing that is wrong with a file, in one line."""
     first: Any = error.errors(include_url=False, include_context=False)[0]
-    message = str(first["msg"]).removeprefix("Value error, ")
+    message = str(first["msg"]).removeprefix("Value error, ").removesuffix(".")
     if first["type"] == "json_invalid":
         return f"This is not a trace: {message[:200]}."
     place = ".".join(str(part) for part in first["loc"])[:120] or "the file"

@@ -62,9 +62,7 @@ def additive_mask(
     visible = torch.nn.functional.pad(rows, (prefix, 0), value=True)
     if window is not None:
         depths = node_depths(ancestors)
-        key_positions = torch.cat(
-            [torch.arange(prefix, device=ancestors.device), prefix + depths]
-        )
+        key_positions = torch.cat([torch.arange(prefix, device=ancestors.device), prefix + depths])
         query_positions = prefix + depths[-new:]
         visible = visible & (query_positions.unsqueeze(-1) - key_positions < window)
     mask = torch.zeros(visible.shape, dtype=dtype, device=ancestors.device)

@@ -17,7 +17,6 @@ from mtad.lm import CachedLM, Recorder
 from tests.models import FAMILIES, tiny
 
 
-
 def mild(family: str, **overrides: Any) -> PreTrainedModel:
     """A tiny model whose attention is not so sharp that it blows float32 noise up."""
     spread = "init_std" if family == "opt" else "initializer_range"
@@ -44,8 +43,10 @@ def from_scratch(model: PreTrainedModel, token_ids: list[int]) -> Tensor:
 
 def random_tree(generator: torch.Generator, size: int) -> list[int]:
     """Parents of `size` nodes, each after its own."""
-    return [int(torch.randint(-1, node, (1,), generator=generator)) if node else -1
-            for node in range(size)]
+    return [
+        int(torch.randint(-1, node, (1,), generator=generator)) if node else -1
+        for node in range(size)
+    ]
 
 
 def path_tokens(tokens: list[int], parents: list[int], node: int) -> list[int]:
@@ -125,7 +126,9 @@ def test_any_sequence_of_verbs_equals_recomputation(
                 given_parents = None
             else:
                 above = [
-                    int(torch.randint(-1, first + i, (1,), generator=generator)) if first + i else -1
+                    int(torch.randint(-1, first + i, (1,), generator=generator))
+                    if first + i
+                    else -1
                     for i in range(size)
                 ]
                 given_parents = torch.tensor(above)

@@ -23,7 +23,9 @@ from mtad.sampling import (
 )
 
 
-def reference_warp(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
+def reference_warp(
+    logits: list[float], temperature: float, top_k: int, top_p: float
+) -> list[float]:
     """The same definition, written with loops: temperature, top-k, top-p, renormalise."""
     order = sorted(range(len(logits)), key=lambda i: -logits[i])
     kept = order[:top_k] if 0 < top_k < len(logits) else order

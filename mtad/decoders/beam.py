@@ -14,7 +14,13 @@ from torch import Tensor
 
 from mtad.config import DecodeConfig
 from mtad.decoders.beams import Beams
-from mtad.decoders.common import NUM_ALTERNATIVES, Columns, State, check_finite
+from mtad.decoders.common import (
+    NUM_ALTERNATIVES,
+    State,
+    alternatives,
+    check_finite,
+    to_host,
+)
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.trace import Decision
@@ -72,24 +78,23 @@ def read_best(beams: Beams, state: State, config: DecodeConfig) -> tuple[bool, D
     over = beams.finished.all()  # a dead slot counts as finished
     if config.temperature == 0.0:
         over = over | beams.finished.index_select(0, best).all()
-    columns = Columns(
-        over.view(1),
-        beams.real.index_select(0, best).sum().view(1),
-        beams.token_ids.index_select(0, best),
-        beams.raw_logprobs.index_select(0, best),
-        beams.alternative_ids.index_select(0, best),
-        beams.alternative_logprobs.index_select(0, best),
+    host = to_host(
+        joint=beams.joint.index_select(0, best),
+        over=over,
+        length=beams.real.index_select(0, best).sum(),
+        token_ids=beams.token_ids.index_select(0, best),
+        logprobs=beams.raw_logprobs.index_select(0, best),
+        alternative_ids=beams.alternative_ids.index_select(0, best),
+        alternative_logprobs=beams.alternative_logprobs.index_select(0, best),
     )
-    is_over, length = bool(columns.int()), columns.int()
-    tokens = columns.ints(beams.steps)[:length]
-    logprobs = columns.floats(beams.steps)[:length]
-    check_finite(logprobs)
-    alternatives = columns.alternatives(beams.steps, beams.alternative_ids.shape[-1])[:length]
-    return is_over, Decision(
-        emitted=tuple(tokens),
+    length = int(host["length"][0])
+    logprobs = host["logprobs"][:length]
+    check_finite(host["joint"])
+    return bool(host["over"][0]), Decision(
+        emitted=tuple(int(token) for token in host["token_ids"][:length]),
         emitted_logprobs=tuple(logprobs),
         final_kind="sampled",
-        alternatives=tuple(alternatives),
+        alternatives=alternatives(host, beams.alternative_ids.shape[-1])[:length],
     )
 
 

@@ -42,7 +42,8 @@ class Beams:
         logprobs: [W, s] their conditional log-probabilities, 0 for padding.
         nodes: [W, s] which slot of step s held the hypothesis: (step index) · W + slot.
         real: [W, s] bool, False for padding and in dead slots.
-        joint: [W] joint log-probability of the scored conditionals, float64.
+        joint: [W] joint log-probability of the scored conditionals, float64; NaN in all slots
+            once the model gave a NaN.
         finished: [W] bool.
         came_from: [W] slot of the step before that each hypothesis continues.
         raw_logprobs: [W, s] of the unwarped model; only with `record`.
@@ -123,7 +124,8 @@ class Beams:
         else:
             chance = uniforms(generator, candidates.shape[0])
             picked = draw_distinct(beam_weights(candidates), chance, width)
-        joint = candidates[picked]
+        # A NaN anywhere makes every choice of this step meaningless: it must not go unseen.
+        joint = torch.where(candidates.isnan().any(), torch.nan, candidates[picked])
         picked = picked.clamp_max(choices.numel() - 1)  # padding points nowhere; its joint is −∞
         slot = picked // choices.shape[-1]
         column = picked % choices.shape[-1]
@@ -196,9 +198,9 @@ def draft_beams(
     """
     width, waiting = config.beam_width, pending.shape[0]
     logits = next_logits(pending, None)[-1:]
-    history = [Beams.root(pending.device).grow(
-        logits, width, config, generator, is_eos, record=record
-    )]
+    history = [
+        Beams.root(pending.device).grow(logits, width, config, generator, is_eos, record=record)
+    ]
     for step in range(1, steps):
         beams = history[-1]
         if step == 1:

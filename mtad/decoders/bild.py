@@ -15,7 +15,7 @@ from mtad.config import DecodeConfig
 from mtad.decoders.common import Proposal, State
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
-from mtad.sampling import draw, uniforms, warp
+from mtad.sampling import draw, uniforms, warp, wide
 from mtad.trace import Decision
 from mtad.verify import leading_run, rollback_keeps
 
@@ -48,7 +48,8 @@ def decode(
             final_token=draw(rows.row(accepted), uniforms(state.generator, 1)[0]),
             corrects=True,
             scores=scores,
-            thresholds=torch.full_like(scores, -config.rollback_threshold),
+            # In float64: rounded to float32 it would not be the number that was compared.
+            thresholds=torch.full_like(wide(scores), -config.rollback_threshold),
         )
 
 

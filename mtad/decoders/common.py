@@ -9,7 +9,7 @@ prefix.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +36,8 @@ class Proposal:
         draft_logprobs: [N], log q of each token given its ancestors.
         cached_depth: how deep the nodes are that the draft has in its cache; −1 if not even the
             pending tokens were given to it.
-        real: [N] bool, False for slots without a node; None if all are nodes.
         levels: the depth of the tree.
+        real: [N] bool, False for slots without a node.
         chain: True if node i is the only child of node i − 1.
         draft_nodes: [N] int64, the same nodes in the draft's cache, counted after the pending
             tokens; read for nodes of a depth up to `cached_depth`. None if they are 0 … N − 1.
@@ -48,7 +48,7 @@ class Proposal:
     draft_logprobs: Tensor
     cached_depth: int
     levels: int
-    real: Tensor | None = None
+    real: Tensor
     chain: bool = True
     draft_nodes: Tensor | None = None
 
@@ -57,13 +57,14 @@ class Proposal:
         """A linear block of [γ] tokens that the draft wrote one after another."""
         size = token_ids.shape[0]
         parents = torch.arange(-1, size - 1, device=token_ids.device)
-        return Proposal(token_ids, parents, draft_logprobs, cached_depth, size)
+        real = torch.ones_like(parents, dtype=torch.bool)
+        return Proposal(token_ids, parents, draft_logprobs, cached_depth, size, real)
 
     @staticmethod
     def nothing(device: torch.device) -> Proposal:
         """No draft: the pass serves the pending token alone."""
         none = torch.empty(0, dtype=torch.int64, device=device)
-        return Proposal(none, none, none.float(), -1, 0)
+        return Proposal(none, none, none.float(), -1, 0, none.bool())
 
 
 @dataclass
@@ -185,88 +186,61 @@ class State:
             scores: see `DraftTree`.
             thresholds: see `DraftTree`.
         """
-        size, depth = proposal.token_ids.shape[0], path.shape[0]
         rows = torch.cat([path.new_zeros(1), path + 1])
         followers = torch.cat([proposal.token_ids[path], final_token.view(1)])
-        depths = torch.arange(depth + 1, device=path.device)
+        depths = torch.arange(rows.shape[0], device=rows.device)
         emitted = torch.where(depths == accepted, final_token, followers)
         chosen = logits.index_select(0, rows)
         alternative_ids, alternative_logprobs = top_alternatives(chosen, NUM_ALTERNATIVES)
-        real = proposal.real
-        columns = Columns(
-            accepted.view(1),
-            final_token.view(1),
-            proposal.token_ids,
-            proposal.parents,
-            real if real is not None else torch.ones_like(proposal.parents),
-            proposal.draft_logprobs,
-            target_logprobs,
-            path,
-            token_logprobs(chosen, emitted),
-            alternative_ids.flatten(),
-            alternative_logprobs.flatten(),
-            *(x for x in (reference_logprobs, scores, thresholds) if x is not None),
+        empty = target_logprobs[:0]
+        host = to_host(
+            accepted=accepted,
+            final_token=final_token,
+            token_ids=proposal.token_ids,
+            parents=proposal.parents,
+            real=proposal.real,
+            draft_logprobs=proposal.draft_logprobs,
+            target_logprobs=target_logprobs,
+            path=path,
+            emitted_logprobs=token_logprobs(chosen, emitted),
+            alternative_ids=alternative_ids,
+            alternative_logprobs=alternative_logprobs,
+            reference_logprobs=empty if reference_logprobs is None else reference_logprobs,
+            scores=empty if scores is None else scores,
+            thresholds=empty if thresholds is None else thresholds,
         )
-        accepted_length = columns.int()
-        final_id = columns.int()
-        token_ids, parents = columns.ints(size), columns.ints(size)
-        is_real = columns.ints(size)
-        draft_lp, target_lp = columns.floats(size), columns.floats(size)
-        path_nodes = columns.ints(depth)
-        emitted_lp = columns.floats(depth + 1)
-        count = alternative_ids.shape[-1]
-        alternatives = columns.alternatives(depth + 1, count)
-        reference = columns.floats(depth) if reference_logprobs is not None else []
-        score_column = columns.floats(size) if scores is not None else []
-        threshold_column = columns.floats(size) if thresholds is not None else []
-
-        # Nothing lives below an end-of-sequence: what the draft wrote there is dropped.
-        new_index = {-1: -1}
-        for node in range(size):
-            parent = parents[node]
-            alive = parent == -1 or (parent in new_index and token_ids[parent] not in self.eos_ids)
-            if is_real[node] and alive:
-                new_index[node] = len(new_index) - 1
-        kept = [node for node in new_index if node >= 0]
-        accepted_nodes = [node for node in path_nodes[:accepted_length] if node in new_index]
-        accepted_length = len(accepted_nodes)
-        leaf = accepted_nodes[-1] if accepted_nodes else -1
-        stopped = leaf >= 0 and token_ids[leaf] in self.eos_ids
-        new_tokens = [token_ids[node] for node in accepted_nodes]
+        check_finite(host["alternative_logprobs"])
+        check_finite(host["reference_logprobs"], "draft")
+        check_finite("target", host["emitted_logprobs"])
+        check_finite("draft", host["draft_logprobs"])
+        tree, new_index = prune(host, self.eos_ids)
+        path_nodes = [int(node) for node in host["path"][: int(host["accepted"][0])]]
+        accepted_path = tuple(new_index[node] for node in path_nodes if node in new_index)
+        new_tokens = [tree.token_ids[node] for node in accepted_path]
         final_kind: FinalKind | None = None
-        if not stopped:
-            new_tokens.append(final_id)
-            has_children = any(parents[node] == leaf for node in kept)
-            final_kind = "corrected" if corrects and has_children else "bonus"
-            if not kept:
+        if not new_tokens or new_tokens[-1] not in self.eos_ids:
+            new_tokens.append(int(host["final_token"][0]))
+            last = accepted_path[-1] if accepted_path else -1
+            rejected_something = last in tree.parents
+            final_kind = "corrected" if corrects and rejected_something else "bonus"
+            if not tree.token_ids:
                 final_kind = "sampled"
-        self._advance(proposal, path, accepted_length, final_token)
-        self._adapt(accepted_length, max(proposal.levels, 0))
+        emitted_logprobs = host["emitted_logprobs"][: len(new_tokens)]
+        self._advance(proposal, path, len(accepted_path), final_token)
+        self._adapt(len(accepted_path), tree.depth)
         self.remaining -= len(new_tokens)
         self.ended = new_tokens[-1] in self.eos_ids
-        check_finite(emitted_lp[: len(new_tokens)])
         draft_passes, self.draft_passes = self.draft_passes, 0
         return Decision(
-            tree=DraftTree(
-                token_ids=tuple(token_ids[node] for node in kept),
-                parents=tuple(new_index[parents[node]] for node in kept),
-                draft_logprobs=tuple(draft_lp[node] for node in kept),
-                target_logprobs=tuple(target_lp[node] for node in kept),
-                scores=tuple(none_if_nan(score_column[node]) for node in kept)
-                if score_column
-                else (),
-                thresholds=tuple(none_if_nan(threshold_column[node]) for node in kept)
-                if threshold_column
-                else (),
-            ),
-            reference_logprobs=tuple(reference),
-            path=tuple(new_index[node] for node in accepted_nodes),
+            tree=tree,
+            reference_logprobs=tuple(host["reference_logprobs"]),
+            path=accepted_path,
             emitted=tuple(new_tokens),
-            emitted_logprobs=tuple(emitted_lp[: len(new_tokens)]),
+            emitted_logprobs=tuple(host["emitted_logprobs"][: len(new_tokens)]),
             final_kind=final_kind,
-            alternatives=tuple(alternatives[: len(new_tokens)]),
+            alternatives=alternatives(host, alternative_ids.shape[-1])[: len(new_tokens)],
             target_passes=1,
-            target_positions=1 + size,
+            target_positions=1 + proposal.token_ids.shape[0],
             draft_passes=draft_passes,
         )
 
@@ -309,54 +283,74 @@ class State:
             self.draft_length = max(1, min(grown, MAX_AUTO_DRAFT_TOKENS))
 
 
-class Columns:
-    """Device tensors read back in one copy and then taken off in order.
+def to_host(**columns: Tensor) -> dict[str, list[float]]:
+    """Reads tensors back in one copy, flattened, under the names they were given.
 
     float64 holds token ids and float32 values exactly. (On MPS float32 does, for vocabularies
     under 2^24.)
     """
-
-    def __init__(self, *columns: Tensor) -> None:
-        self._values: list[float] = torch.cat([wide(x.flatten()) for x in columns]).tolist()
-        self._next = 0
-
-    def floats(self, count: int) -> list[float]:
-        """The next `count` values."""
-        start, self._next = self._next, self._next + count
-        return self._values[start : self._next]
-
-    def ints(self, count: int) -> list[int]:
-        """The next `count` values, which were integers."""
-        return [int(value) for value in self.floats(count)]
-
-    def int(self) -> int:
-        """The next value."""
-        return self.ints(1)[0]
-
-    def alternatives(self, rows: int, count: int) -> list[tuple[Alternative, ...]]:
-        """`rows` × `count` token ids, then as many log-probabilities."""
-        ids, logprobs = self.ints(rows * count), self.floats(rows * count)
-        return [
-            tuple(
-                Alternative(ids[i], logprobs[i]) for i in range(row * count, (row + 1) * count)
-            )
-            for row in range(rows)
-        ]
+    flat = {name: wide(column.flatten()) for name, column in columns.items()}
+    values: list[float] = torch.cat(list(flat.values())).tolist()
+    host: dict[str, list[float]] = {}
+    start = 0
+    for name, column in flat.items():
+        host[name] = values[start : start + column.shape[0]]
+        start += column.shape[0]
+    return host
 
 
-def none_if_nan(value: float) -> float | None:
-    """NaN marks a node that was not tested."""
-    return None if math.isnan(value) else value
+def prune(
+    host: Mapping[str, list[float]], eos_ids: Collection[int]
+) -> tuple[DraftTree, dict[int, int]]:
+    """The tree that was really offered, and where each of its nodes came from.
+
+    Slots without a node go, and so does what a draft wrote below an end-of-sequence: nothing
+    lives there.
+    """
+    token_ids = [int(token) for token in host["token_ids"]]
+    parents = [int(parent) for parent in host["parents"]]
+    new_index = {-1: -1}
+    for node, parent in enumerate(parents):
+        below_eos = parent >= 0 and token_ids[parent] in eos_ids
+        if host["real"][node] and parent in new_index and not below_eos:
+            new_index[node] = len(new_index) - 1
+    kept = [node for node in new_index if node >= 0]
+    check_finite([host["target_logprobs"][node] for node in kept])
+    check_finite([host["draft_logprobs"][node] for node in kept], "draft")
+
+    def tested(column: list[float]) -> tuple[float | None, ...]:
+        """NaN marks a node that was not tested."""
+        values = [column[node] for node in kept] if column else []
+        return tuple(None if math.isnan(value) else value for value in values)
+
+    tree = DraftTree(
+        token_ids=tuple(token_ids[node] for node in kept),
+        parents=tuple(new_index[parents[node]] for node in kept),
+        draft_logprobs=tuple(host["draft_logprobs"][node] for node in kept),
+        target_logprobs=tuple(host["target_logprobs"][node] for node in kept),
+        scores=tested(host["scores"]),
+        thresholds=tested(host["thresholds"]),
+    )
+    return tree, new_index
 
 
-def check_finite(logprobs: Sequence[float]) -> None:
+def alternatives(
+    host: Mapping[str, list[float]], count: int
+) -> tuple[tuple[Alternative, ...], ...]:
+    """The recorded alternatives, `count` a position."""
+    pairs = zip(host["alternative_ids"], host["alternative_logprobs"], strict=True)
+    flat = [Alternative(int(token), logprob) for token, logprob in pairs]
+    return tuple(tuple(flat[i : i + count]) for i in range(0, len(flat), count))
+
+
+def check_finite(model: str, logprobs: Sequence[float]) -> None:
     """Refuses to go on with a model whose logits are not numbers.
 
     Raises:
-        PairError: a log-probability of an emitted token is NaN.
+        PairError: a log-probability is NaN.
     """
     if any(math.isnan(value) for value in logprobs):
         raise PairError(
-            "The target's logits are not numbers (NaN). Load the pair in another dtype, such as"
+            f"The {model}'s logits are not numbers (NaN). Load the pair in another dtype, such as"
             ' load_pair(name, dtype="float32").'
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mtad.config import DecodeConfig
+from mtad.decoders.common import check_finite
 from mtad.errors import BudgetError
 from mtad.lm import CachedLM
 from mtad.sampling import Warped, draw, score, top_alternatives, wide
@@ -134,9 +135,7 @@ def search_exact(
         for start in range(0, rows.shape[0], _CHUNK_NODES):
             chunk = slice(start, start + _CHUNK_NODES)
             first = target.nodes
-            logits = target.forward(
-                rows[chunk], None if parents is None else parents[chunk]
-            ).logits
+            logits = target.forward(rows[chunk], None if parents is None else parents[chunk]).logits
             here = torch.arange(first, target.nodes, device=device)
             children.append(_expand(_take(frontier, chunk), here, logits, config))
             if record:
@@ -166,6 +165,7 @@ def search_exact(
 def _expand(frontier: Leaves, nodes: Tensor, logits: Tensor, config: DecodeConfig) -> Leaves:
     """Every token of the warped support below every node of the frontier."""
     scored = score(logits, config)
+    check_finite(scored.logprobs.amax(-1).tolist())  # a maximum is NaN if any entry is
     row, column = (scored.logprobs > -torch.inf).nonzero(as_tuple=True)
     token = scored.token_ids[row, column]
     raw = logits.float().log_softmax(-1)[row, token]

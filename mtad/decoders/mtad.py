@@ -36,8 +36,8 @@ def decode(
         logits = state.verify(block)
         length = block.levels
         target_logprobs = score(logits, config).rows(0, length).logprob_of(block.token_ids)
-        if block.real is not None:  # padding after an end-of-sequence is never accepted
-            target_logprobs = torch.where(block.real, target_logprobs, -torch.inf)
+        # Padding after an end-of-sequence is never accepted.
+        target_logprobs = torch.where(block.real, target_logprobs, -torch.inf)
         accepted = joint_accept_lengths(
             target_logprobs.unsqueeze(0),
             block.draft_logprobs.unsqueeze(0),

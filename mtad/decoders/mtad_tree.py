@@ -63,7 +63,6 @@ def draft_tree(state: State, length: int) -> tuple[Proposal, Tensor, Tensor]:
     """
     if length == 0:
         nothing = Proposal.nothing(state.target.device)
-        nothing.real = nothing.parents.bool()
         return nothing, nothing.draft_logprobs, nothing.parents.view(0, 0)
     history = draft_beams(
         state.draft_logits,

@@ -168,7 +168,7 @@ def walk_down(
     """Tests the children of the root, then those of the accepted child, and so on."""
     tree = candidates.proposal
     token_ids, parents = tree.token_ids.tolist(), tree.parents.tolist()
-    real = tree.real.tolist() if tree.real is not None else []
+    real = tree.real.tolist()
     uniform = chance.tolist()
     rows = Warped(target_rows.token_ids.cpu(), target_rows.logprobs.cpu(), target_rows.vocab_size)
     scores = torch.full((len(token_ids),), torch.nan, dtype=torch.float64)

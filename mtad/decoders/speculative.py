@@ -75,8 +75,10 @@ def draft_block(state: State, length: int) -> tuple[Proposal, list[Warped]]:
 
 
 def corrected_or_bonus(target: Warped, draft: list[Warped], accepted: Tensor) -> Warped:
-    """What the final token is drawn from: norm(max(p − q, 0)) at the first rejection, p after
-    a whole block. Beyond the block q counts as 0, which makes the second case the first.
+    """What the final token is drawn from.
+
+    norm(max(p − q, 0)) at the first rejection, p after a whole block: beyond the block q counts
+    as 0, which makes the second case one of the first.
     """
     nowhere = torch.full_like(target.logprobs[:1], -torch.inf)
     draft_logprobs = torch.cat([row.logprobs.unsqueeze(0) for row in draft] + [nowhere])
