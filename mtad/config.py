@@ -15,7 +15,8 @@ from typing import Any, Literal
 from mtad.errors import ConfigError
 
 MAX_NEW_TOKENS = 131_072
-MAX_SEED = 2**63 - 1
+# The CPU's generator reads the lowest 32 bits only: beyond them seeds would repeat.
+MAX_SEED = 2**32 - 1
 MAX_STOP_STRINGS = 16
 
 

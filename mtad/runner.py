@@ -26,7 +26,7 @@ from mtad.catalogue import MethodInfo, method_info
 from mtad.config import DecodeConfig
 from mtad.decoders import load_decoder
 from mtad.draft import Drafter, LMDrafter, RecordedDrafter
-from mtad.energy import Meter, probe
+from mtad.energy import Meter, none_meter, probe
 from mtad.errors import Cancelled, ConfigError, DeadlineExceeded, PairError, PromptError
 from mtad.lm import CachedLM, Clock, CudaClock, Recorder, WallClock
 from mtad.metrics import summarize
@@ -235,7 +235,7 @@ class _Run:
         pair, device = self.pair, self.pair.device
         with contextlib.suppress(Cancelled):  # the run's own first pass says so again
             _warm_up(pair, self._check)
-        meter = self._meter or probe(device)
+        meter = self._meter or _meter_for(pair)
         timing = _Timing(device, meter)
         recorder = Recorder(_clock(device), on_decode=timing.begin_decoding)
         target = CachedLM(pair.target, pair.vocab_size, recorder=recorder, check=self._check)
@@ -462,6 +462,16 @@ def _shorten(texts: Sequence[str], excess: int) -> tuple[list[str], int]:
 
 def _clock(device: torch.device) -> Clock:
     return CudaClock() if device.type == "cuda" else WallClock()
+
+
+def _meter_for(pair: ModelPair) -> Meter:
+    """The best meter for the board that the pair stands on; none for several boards."""
+    boards = {parameter.device for parameter in pair.target.parameters()}
+    if len(boards) > 1:
+        return none_meter(
+            f"The target is spread over {len(boards)} devices, and one sensor sees one of them."
+        )
+    return probe(pair.device)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -15,11 +15,12 @@ import functools
 import json
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import (
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     PlainSerializer,
     TypeAdapter,
@@ -58,6 +59,9 @@ LogProb = Annotated[
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
 # A browser holds whole numbers exactly up to here.
 Count = Annotated[int, Field(ge=0, le=2**53 - 1)]
+# One mistake is enough to refuse a file; millions of them would fill the memory.
+_T = TypeVar("_T")
+Column = Annotated[tuple[_T, ...], FailFast()]
 _STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
@@ -93,12 +97,12 @@ class DraftTree:
 
     __pydantic_config__ = _STRICT
 
-    token_ids: Annotated[tuple[TokenId, ...], Field(max_length=MAX_NODES)] = ()
-    parents: tuple[int, ...] = ()
-    draft_logprobs: tuple[LogProb, ...] = ()
-    target_logprobs: tuple[LogProb, ...] = ()
-    scores: tuple[float | None, ...] = ()
-    thresholds: tuple[float | None, ...] = ()
+    token_ids: Annotated[Column[TokenId], Field(max_length=MAX_NODES)] = ()
+    parents: Column[int] = ()
+    draft_logprobs: Column[LogProb] = ()
+    target_logprobs: Column[LogProb] = ()
+    scores: Column[float | None] = ()
+    thresholds: Column[float | None] = ()
 
     def __post_init__(self) -> None:
         size = len(self.token_ids)
@@ -172,12 +176,12 @@ class Decision:
     __pydantic_config__ = _STRICT
 
     tree: DraftTree = DraftTree()
-    reference_logprobs: tuple[LogProb, ...] = ()
-    path: tuple[int, ...] = ()
-    emitted: tuple[TokenId, ...] = ()
-    emitted_logprobs: tuple[LogProb, ...] = ()
+    reference_logprobs: Column[LogProb] = ()
+    path: Column[int] = ()
+    emitted: Column[TokenId] = ()
+    emitted_logprobs: Column[LogProb] = ()
     final_kind: FinalKind | None = None
-    alternatives: tuple[tuple[Alternative, ...], ...] = ()
+    alternatives: Column[Column[Alternative]] = ()
     target_passes: Count = 1
     target_positions: Count = 1
     draft_passes: Count = 0
@@ -273,7 +277,7 @@ class Bound:
     gap: float
     draft_error: float | None
     search_gap: float | None
-    best_token_ids: tuple[TokenId, ...]
+    best_token_ids: Column[TokenId]
     reason: str | None = None
 
     @property
@@ -306,8 +310,8 @@ class Step:
 
     index: Count
     decision: Decision
-    emitted_texts: tuple[str, ...]
-    node_texts: tuple[str, ...]
+    emitted_texts: Column[str]
+    node_texts: Column[str]
     draft_seconds: float
     verify_seconds: float
     seconds: float
@@ -422,15 +426,15 @@ class Trace:
     engine: str
     versions: dict[str, str]
     prompt: str
-    prompt_ids: Annotated[tuple[TokenId, ...], Field(max_length=MAX_PROMPT_TOKENS)]
+    prompt_ids: Annotated[Column[TokenId], Field(max_length=MAX_PROMPT_TOKENS)]
     started_at: str
     text: str
     stop_reason: StopReason
-    steps: Annotated[tuple[Step, ...], Field(max_length=MAX_STEPS)]
+    steps: Annotated[Column[Step], Field(max_length=MAX_STEPS)]
     energy: EnergyReading
     end_to_end_energy: EnergyReading
     summary: Summary
-    notes: tuple[str, ...] = ()
+    notes: Column[str] = ()
     schema_version: Literal[1] = SCHEMA_VERSION
 
     def __post_init__(self) -> None:

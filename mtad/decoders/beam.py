@@ -89,7 +89,7 @@ def read_best(beams: Beams, state: State, config: DecodeConfig) -> tuple[bool, D
     )
     length = int(host["length"][0])
     logprobs = host["logprobs"][:length]
-    check_finite(host["joint"])
+    check_finite("target", host["joint"])
     return bool(host["over"][0]), Decision(
         emitted=tuple(int(token) for token in host["token_ids"][:length]),
         emitted_logprobs=tuple(logprobs),

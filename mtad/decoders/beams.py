@@ -43,7 +43,7 @@ class Beams:
         nodes: [W, s] which slot of step s held the hypothesis: (step index) · W + slot.
         real: [W, s] bool, False for padding and in dead slots.
         joint: [W] joint log-probability of the scored conditionals, float64; NaN in all slots
-            once the model gave a NaN.
+            once the model gave a NaN, and so is the latest log-probability.
         finished: [W] bool.
         came_from: [W] slot of the step before that each hypothesis continues.
         raw_logprobs: [W, s] of the unwarped model; only with `record`.
@@ -125,7 +125,8 @@ class Beams:
             chance = uniforms(generator, candidates.shape[0])
             picked = draw_distinct(beam_weights(candidates), chance, width)
         # A NaN anywhere makes every choice of this step meaningless: it must not go unseen.
-        joint = torch.where(candidates.isnan().any(), torch.nan, candidates[picked])
+        broken = candidates.isnan().any()
+        joint = torch.where(broken, torch.nan, candidates[picked])
         picked = picked.clamp_max(choices.numel() - 1)  # padding points nowhere; its joint is −∞
         slot = picked // choices.shape[-1]
         column = picked % choices.shape[-1]
@@ -133,12 +134,13 @@ class Beams:
         was_finished = self.finished[slot]
         if self.steps:
             token = torch.where(was_finished, self.token_ids[slot, -1], token)
+        logprob = torch.where(broken, torch.nan, choices[slot, column].float())
         alive = joint > -torch.inf
         first_node = self.steps * width
         here = torch.arange(first_node, first_node + width, device=logits.device)
         grown = Beams(
             token_ids=_append(self.token_ids[slot], token),
-            logprobs=_append(self.logprobs[slot], choices[slot, column].float()),
+            logprobs=_append(self.logprobs[slot], logprob),
             nodes=_append(self.nodes[slot], here),
             real=_append(self.real[slot], alive & ~was_finished),
             joint=joint,

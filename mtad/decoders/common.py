@@ -209,10 +209,8 @@ class State:
             scores=empty if scores is None else scores,
             thresholds=empty if thresholds is None else thresholds,
         )
-        check_finite(host["alternative_logprobs"])
-        check_finite(host["reference_logprobs"], "draft")
-        check_finite("target", host["emitted_logprobs"])
-        check_finite("draft", host["draft_logprobs"])
+        check_finite("target", host["alternative_logprobs"] + host["target_logprobs"])
+        check_finite("draft", host["draft_logprobs"] + host["reference_logprobs"])
         tree, new_index = prune(host, self.eos_ids)
         path_nodes = [int(node) for node in host["path"][: int(host["accepted"][0])]]
         accepted_path = tuple(new_index[node] for node in path_nodes if node in new_index)
@@ -225,7 +223,6 @@ class State:
             final_kind = "corrected" if corrects and rejected_something else "bonus"
             if not tree.token_ids:
                 final_kind = "sampled"
-        emitted_logprobs = host["emitted_logprobs"][: len(new_tokens)]
         self._advance(proposal, path, len(accepted_path), final_token)
         self._adapt(len(accepted_path), tree.depth)
         self.remaining -= len(new_tokens)
@@ -315,8 +312,6 @@ def prune(
         if host["real"][node] and parent in new_index and not below_eos:
             new_index[node] = len(new_index) - 1
     kept = [node for node in new_index if node >= 0]
-    check_finite([host["target_logprobs"][node] for node in kept])
-    check_finite([host["draft_logprobs"][node] for node in kept], "draft")
 
     def tested(column: list[float]) -> tuple[float | None, ...]:
         """NaN marks a node that was not tested."""

@@ -165,7 +165,7 @@ def search_exact(
 def _expand(frontier: Leaves, nodes: Tensor, logits: Tensor, config: DecodeConfig) -> Leaves:
     """Every token of the warped support below every node of the frontier."""
     scored = score(logits, config)
-    check_finite(scored.logprobs.amax(-1).tolist())  # a maximum is NaN if any entry is
+    check_finite("target", scored.logprobs.amax(-1).tolist())  # NaN if any entry is
     row, column = (scored.logprobs > -torch.inf).nonzero(as_tuple=True)
     token = scored.token_ids[row, column]
     raw = logits.float().log_softmax(-1)[row, token]

@@ -1,0 +1,377 @@
+"""What holds for every run of every method, whatever the parameters: on tiny models, seeded.
+
+Each example is a whole run through the public interface; every property below is checked on
+the trace that came back from JSON, so that the page, which sees nothing else, can rely on it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shutil
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mtad
+from mtad.config import MAX_SEED
+from mtad.trace import Decision, Trace
+from mtad.whatif import accepted_length_at, accepted_path
+from tests.models import tiny
+
+VOCAB = 32
+PROMPT = [1, 2, 3, 4, 5]
+# method, and what sets one form of it apart from another
+FORMS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("autoregressive", {}),
+    ("beam", {}),
+    ("speculative", {}),
+    ("mtjd", {"search": "beam"}),
+    ("mtjd", {"search": "exact"}),
+    ("mtad", {}),
+    ("mtad_tree", {}),
+    ("specinfer", {"replacement": True}),
+    ("specinfer", {"replacement": False}),
+    ("bild", {}),
+    ("typical", {}),
+)
+BLOCK_METHODS = ("speculative", "mtad", "mtad_tree", "specinfer", "bild", "typical")
+every_form = pytest.mark.parametrize(
+    ("method", "form"), FORMS, ids=["-".join([m, *map(str, f.values())]) for m, f in FORMS]
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a busy machine two threads spend 15 times the CPU on waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def models(kind: str) -> tuple[Any, Any]:
+    if kind == "strangers":
+        return tiny("llama", VOCAB, seed=1), tiny("llama", VOCAB, seed=2)
+    if kind == "twins":  # the draft is always right
+        return tiny("llama", VOCAB, seed=1), tiny("llama", VOCAB, seed=1)
+    if kind == "small":  # a position beyond 24 is an error here, not only a bad idea
+        target = tiny("gpt2", VOCAB, seed=3, n_positions=24)
+        return target, tiny("opt", VOCAB, seed=4, max_position_embeddings=40)
+    raise ValueError(kind)
+
+
+def pair_of(kind: str, eos: int | list[int] | None = None) -> mtad.ModelPair:
+    target, draft = models(kind)
+    target.generation_config.eos_token_id = eos
+    pair = mtad.ModelPair(target=target, draft=draft)
+    assert pair.eos_token_ids == tuple([eos] if isinstance(eos, int) else eos or ())
+    return pair
+
+
+def options(method: str, form: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Values of the fields that the method reads."""
+    lengths = st.sampled_from([1, 2, 3, 5, "auto", None])
+    if form.get("search") == "exact":
+        lengths = st.sampled_from([1, 2])
+    filters = st.sampled_from([(0, 1.0), (1, 1.0), (2, 1.0), (3, 0.9), (10, 0.9), (0, 0.5)])
+    return st.fixed_dictionaries(
+        {
+            "max_new_tokens": st.integers(1, 36),
+            "num_draft_tokens": lengths,
+            "beam_width": st.integers(1, 5),
+            "accept_threshold": st.sampled_from([1e-3, 0.1, 0.5, 1.0, 2.0]),
+            "temperature": st.sampled_from([0.0, 0.3, 1.0, 2.0]),
+            "filters": filters,
+            "seed": st.integers(0, MAX_SEED),
+            "k_config": st.sampled_from([(1,), (2, 2), (4, 2, 2), (3, 1, 1, 1), (16,)]),
+            "fallback_threshold": st.sampled_from([0.0, 0.2, 0.6, 1.0]),
+            "rollback_threshold": st.sampled_from([0.0, 0.7, 2.1, 5.0]),
+            "typical_epsilon": st.sampled_from([0.01, 0.3, 1.0]),
+            "typical_delta": st.sampled_from([0.1, 1.0]),
+            "joint_temperature": st.sampled_from([0.0, 0.5, 1.0]),
+            "ignore_eos": st.booleans(),
+        }
+    )
+
+
+def config_of(values: dict[str, Any], form: dict[str, Any]) -> mtad.DecodeConfig:
+    top_k, top_p = values["filters"]
+    rest = {name: value for name, value in values.items() if name != "filters"}
+    return mtad.DecodeConfig(**rest, top_k=top_k, top_p=top_p, **form)
+
+
+KINDS = st.sampled_from(["strangers", "strangers", "twins", "small"])
+PROMPTS = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6)
+EOS = st.one_of(st.none(), st.integers(0, VOCAB - 1), st.just([3, 7, 11, 20, 25, 30]))
+
+
+@every_form
+@given(data=st.data())
+@settings(max_examples=18)
+def test_a_run_keeps_every_promise(method: str, form: dict[str, Any], data: st.DataObject) -> None:
+    config = config_of(data.draw(options(method, form)), form)
+    pair = pair_of(data.draw(KINDS), data.draw(EOS))
+    prompt = data.draw(PROMPTS)
+    made = mtad.run(method, pair, prompt_ids=prompt, config=config)
+    trace = Trace.from_json(made.to_json())
+    assert trace == made
+    json.loads(made.to_json(), parse_constant=pytest.fail)
+    check_ends(trace, pair)
+    check_sums(trace)
+    for decision in trace.decisions():
+        check_decision(decision, trace, pair)
+    check_against_a_fresh_pass(trace, pair)
+    again = mtad.run(method, pair, prompt_ids=prompt, config=config)
+    assert again.decisions() == made.decisions()
+
+
+def check_ends(trace: Trace, pair: mtad.ModelPair) -> None:
+    """Nothing after an end-of-sequence, and never more than is allowed."""
+    tokens, config = trace.token_ids, trace.config
+    ends = () if config.ignore_eos else pair.eos_token_ids
+    room = pair.context_length - len(trace.prompt_ids)
+    allowed = min(room, config.max_new_tokens)
+    assert 1 <= len(tokens) <= allowed
+    assert all(0 <= token < VOCAB for token in tokens)
+    assert not set(tokens[:-1]) & set(ends)
+    if tokens[-1] in ends:
+        assert trace.stop_reason == "eos"
+    else:
+        assert len(tokens) == allowed
+        assert trace.stop_reason == ("context" if room < config.max_new_tokens else "length")
+
+
+def check_sums(trace: Trace) -> None:
+    decisions, summary, config = trace.decisions(), trace.summary, trace.config
+    assert summary.tokens == sum(len(d.emitted) for d in decisions) == len(trace.token_ids)
+    passes = sum(decision.target_passes for decision in decisions)
+    assert summary.target_passes == passes
+    assert summary.block_efficiency == summary.tokens / passes
+    longest = {"auto": 16}.get(str(config.num_draft_tokens), config.num_draft_tokens)
+    if trace.method in ("autoregressive", "beam", "mtjd"):
+        longest = 0  # no draft: never more than one token a pass
+    elif trace.method == "specinfer":
+        longest = len(config.k_config)
+    assert isinstance(longest, int)
+    assert summary.block_efficiency <= longest + 1
+    assert max(decision.tree.depth for decision in decisions) <= longest
+    if trace.method not in ("beam", "mtjd"):
+        assert {decision.target_passes for decision in decisions} == {1}
+    if trace.method == "autoregressive":
+        assert summary.block_efficiency == 1.0
+    assert summary.acceptance_rate is None or 0.0 <= summary.acceptance_rate <= 1.0
+    assert [step.index for step in trace.steps] == list(range(len(trace.steps)))
+    assert trace.text == "".join(f"{token} " for token in trace.token_ids)
+
+
+def check_decision(decision: Decision, trace: Trace, pair: mtad.ModelPair) -> None:
+    tree, config = decision.tree, trace.config
+    ends = () if config.ignore_eos else pair.eos_token_ids
+    assert not decision.provisional
+    # The rule, recomputed from what the JSON holds, takes the same path to the bit.
+    assert accepted_path(decision, trace.method, config) == decision.path
+    if trace.method in ("mtad", "mtad_tree"):
+        assert accepted_length_at(decision, config.accept_threshold) == decision.accepted_length
+    # A draft never holds a token that it could not draw, and nothing below an end-of-sequence.
+    assert -math.inf not in tree.draft_logprobs
+    assert not any(p >= 0 and tree.token_ids[p] in ends for p in tree.parents)
+    if trace.method != "bild":  # whose threshold looks at the unwarped target
+        assert all(tree.target_logprobs[node] > -math.inf for node in decision.path)
+    if trace.method == "bild" and tree.thresholds:
+        assert set(tree.thresholds) == {-config.rollback_threshold}
+    if trace.method in BLOCK_METHODS:
+        assert len(decision.emitted) == len(decision.path) + (decision.final_kind is not None)
+        leaf_ends = decision.path and tree.token_ids[decision.path[-1]] in ends
+        assert (decision.final_kind is None) == bool(leaf_ends)
+        assert decision.target_positions >= 1 + len(tree.token_ids)
+        assert (decision.final_kind == "sampled") == (not tree.token_ids)
+        if trace.method in ("mtad", "mtad_tree", "typical"):
+            assert decision.final_kind != "corrected"
+    else:
+        assert tree.token_ids == decision.path == ()
+        assert set(decision.kinds) == {"sampled"}
+
+
+@torch.no_grad()
+def check_against_a_fresh_pass(trace: Trace, pair: mtad.ModelPair) -> None:
+    """Perplexity, log-probabilities and alternatives are those of one plain pass over the text."""
+    ids = torch.tensor([[*trace.prompt_ids, *trace.token_ids]])
+    rows = pair.target(ids).logits[0].float().log_softmax(-1)[len(trace.prompt_ids) - 1 : -1]
+    expected = rows.gather(-1, torch.tensor(trace.token_ids).unsqueeze(-1)).squeeze(-1)
+    decisions = trace.decisions()
+    logprobs = [value for decision in decisions for value in decision.emitted_logprobs]
+    assert logprobs == pytest.approx(expected.tolist(), abs=2e-4)
+    assert trace.summary.perplexity == pytest.approx(
+        math.exp(-expected.double().mean().item()), rel=1e-4
+    )
+    alternatives = [entry for decision in decisions for entry in decision.alternatives]
+    assert len(alternatives) == len(trace.token_ids)
+    greedy = trace.config.temperature == 0.0 and trace.method in (
+        *("autoregressive", "speculative", "specinfer"),
+    )
+    for row, entry, token, logprob in zip(
+        rows, alternatives, trace.token_ids, logprobs, strict=True
+    ):
+        values = [alternative.logprob for alternative in entry]
+        assert values == pytest.approx(row.topk(5).values.tolist(), abs=2e-4)
+        assert values == sorted(values, reverse=True)
+        assert len({alternative.token_id for alternative in entry}) == 5
+        assert logprob <= values[0] + 1e-5
+        named = {alternative.token_id: alternative.logprob for alternative in entry}
+        assert logprob == pytest.approx(named.get(token, logprob), abs=1e-5)
+        if greedy:
+            assert logprob >= values[0] - 1e-4
+
+
+@every_form
+def test_the_seed_decides(method: str, form: dict[str, Any]) -> None:
+    """Six seeds, both ends of the range among them, give six texts.
+
+    They hold 16 tokens drawn at temperature 2 from flat distributions; that two of them agree by
+    chance is less likely than 1e-6. The seeds are fixed, so that the outcome always is the same.
+    """
+    pair = pair_of("strangers")
+    texts = set()
+    seeds = (0, 1, 2, 3, 2**31, MAX_SEED)
+    for seed in seeds:
+        config = mtad.DecodeConfig(
+            max_new_tokens=16,
+            num_draft_tokens=2,
+            temperature=2.0,
+            top_k=0,
+            top_p=1.0,
+            seed=seed,
+            **form,
+        )
+        texts.add(mtad.run(method, pair, prompt_ids=PROMPT, config=config).token_ids)
+    assert len(texts) == len(seeds)
+
+
+@every_form
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_context_limit_ends_a_run(
+    method: str, form: dict[str, Any], temperature: float
+) -> None:
+    """The target knows 24 positions and fails at the 25th; the draft knows 40."""
+    pair = pair_of("small")
+    assert pair.context_length == 24
+    shape = {"num_draft_tokens": 2, "temperature": temperature, "top_k": 5, **form}
+    for asked, reason in ((400, "context"), (20, "context"), (19, "length"), (18, "length")):
+        config = mtad.DecodeConfig(max_new_tokens=asked, **shape)
+        trace = mtad.run(method, pair, prompt_ids=PROMPT, config=config)
+        assert (len(trace.token_ids), trace.stop_reason) == (min(asked, 19), reason)
+        assert trace.config.max_new_tokens == asked
+
+
+@every_form
+def test_the_shorter_context_of_the_two_models_counts(method: str, form: dict[str, Any]) -> None:
+    """The draft fails at the 25th position, the target at the 41st."""
+    target, draft = models("small")[1], models("small")[0]
+    pair = mtad.ModelPair(target=target, draft=draft)
+    config = mtad.DecodeConfig(max_new_tokens=100, num_draft_tokens=2, top_k=5, **form)
+    trace = mtad.run(method, pair, prompt_ids=PROMPT, config=config)
+    assert (len(trace.token_ids), trace.stop_reason) == (19, "context")
+
+
+@every_form
+def test_an_end_of_sequence_really_ends_the_run(method: str, form: dict[str, Any]) -> None:
+    """Where every token is one, the first ends the run, accepted or not."""
+    pair = pair_of("twins", eos=list(range(VOCAB)))
+    for temperature in (0.0, 1.0):
+        config = mtad.DecodeConfig(num_draft_tokens=2, temperature=temperature, top_k=5, **form)
+        trace = mtad.run(method, pair, prompt_ids=PROMPT, config=config)
+        assert (len(trace.token_ids), trace.stop_reason) == (1, "eos")
+
+
+@every_form
+def test_an_ignored_end_of_sequence_is_a_token_like_any_other(
+    method: str, form: dict[str, Any]
+) -> None:
+    config = mtad.DecodeConfig(
+        max_new_tokens=16, num_draft_tokens=2, top_k=5, ignore_eos=True, **form
+    )
+    ignoring = mtad.run(method, pair_of("strangers", [3, 7]), prompt_ids=PROMPT, config=config)
+    without = mtad.run(method, pair_of("strangers"), prompt_ids=PROMPT, config=config)
+    assert ignoring.decisions() == without.decisions()
+    assert ignoring.stop_reason == "length"
+
+
+@pytest.mark.parametrize("method", BLOCK_METHODS)
+def test_a_perfect_draft_is_accepted_whole(method: str) -> None:
+    """The draft is the target: all but bild's own fallback keeps γ + 1 tokens a pass."""
+    config = mtad.DecodeConfig(
+        max_new_tokens=24,
+        num_draft_tokens=3,
+        k_config=(1, 1, 1),
+        typical_epsilon=1e-6,
+        fallback_threshold=0.0,
+        rollback_threshold=1e6,
+    )
+    trace = mtad.run(method, pair_of("twins"), prompt_ids=PROMPT, config=config)
+    assert trace.summary.block_efficiency == 4.0
+    assert trace.summary.acceptance_rate == 1.0
+
+
+def test_an_automatic_draft_length_follows_what_is_accepted() -> None:
+    """From 4, +2 after a block that passed whole, −1 after any other, between 1 and 16."""
+    config = mtad.DecodeConfig(max_new_tokens=120, num_draft_tokens="auto")
+    lengths = {}
+    for kind in ("twins", "strangers"):
+        trace = mtad.run("speculative", pair_of(kind), prompt_ids=PROMPT, config=config)
+        expected, left = 4, 120
+        for decision in trace.decisions():
+            depth = decision.tree.depth
+            assert depth == min(expected, left - 1)
+            left -= len(decision.emitted)
+            step = 2 if decision.accepted_length == depth else -1
+            expected = max(1, min(16, expected + step))
+        lengths[kind] = max(decision.tree.depth for decision in trace.decisions())
+    assert lengths == {"twins": 16, "strangers": lengths["strangers"]}
+    assert lengths["strangers"] < 16
+
+
+def traces_with_impossible_tokens() -> list[Trace]:
+    """Filters so narrow that each model forbids most of what the other one likes."""
+    config = mtad.DecodeConfig(max_new_tokens=20, num_draft_tokens=3, top_k=2, temperature=1.5)
+    pair = pair_of("strangers")
+    return [mtad.run(method, pair, prompt_ids=PROMPT, config=config) for method in BLOCK_METHODS]
+
+
+def test_minus_infinity_goes_through_json() -> None:
+    for trace in traces_with_impossible_tokens():
+        columns = [decision.tree.target_logprobs for decision in trace.decisions()]
+        assert any(-math.inf in column for column in columns), trace.method
+        text = trace.to_json()
+        assert "Infinity" not in text and "NaN" not in text
+        loaded = Trace.from_json(text)
+        assert loaded == trace
+        for decision in loaded.decisions():
+            assert accepted_path(decision, trace.method, trace.config) == decision.path
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_a_browser_reads_real_traces_without_a_loss() -> None:
+    traces = traces_with_impossible_tokens()
+    done = subprocess.run(
+        [
+            "node",
+            "-e",
+            "for (const line of require('fs').readFileSync(0, 'utf8').trim().split('\\n'))"
+            " console.log(JSON.stringify(JSON.parse(line)));",
+        ],
+        input="\n".join(trace.to_json() for trace in traces),
+        text=True,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [Trace.from_json(line) for line in done.stdout.splitlines()] == traces

@@ -1,0 +1,524 @@
+"""The page in a real browser, served by a real process.
+
+Most tests use `app.py` itself with the real embedded pair. Those that need texts, lengths or
+losses that no model can be made to give start this file as a server of hand-made steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mtad.trace import Trace
+from tests.test_ui import HOSTILE, WORDS
+
+ROOT = Path(__file__).resolve().parent.parent
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+SMALLEST_RATIO = 4.5
+
+if __name__ != "__main__":
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    pytestmark = [
+        pytest.mark.skipif(not CHROMIUM, reason="no chromium; name one in $CHROMIUM"),
+        pytest.mark.timeout(600),
+    ]
+
+
+# ------------------------------------------------------------------ servers
+
+
+@contextlib.contextmanager
+def server(*command: str) -> Iterator[str]:
+    """A process that serves the page on a free port; its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "PYTHONPATH": str(ROOT),
+    }
+    environment.pop("GRADIO_SERVER_NAME", None)
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    address = f"http://127.0.0.1:{port}/"
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5):
+                break
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()
+                output, _ = process.communicate()
+                pytest.fail(f"the server did not come up: {output.decode()[-2000:]}")
+            time.sleep(0.3)
+        yield address
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def app() -> Iterator[str]:
+    with server("app.py") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def hostile() -> Iterator[str]:
+    with server(__file__, "hostile") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def lossy() -> Iterator[str]:
+    with server(__file__, "lossy") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def long() -> Iterator[str]:
+    with server(__file__, "long") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page, and everything that must not happen on it."""
+
+    def __init__(self, page: Any, address: str) -> None:
+        self.page = page
+        self.problems: list[str] = []
+        self.requests: list[str] = []
+        page.on("dialog", lambda dialog: (self.problems.append("dialog"), dialog.dismiss()))
+        page.on("pageerror", lambda error: self.problems.append(f"script error: {error}"))
+        page.on("console", self._console)
+        page.on("request", lambda request: self._request(request.url, address))
+        page.goto(address)
+        page.wait_for_selector("#mtad-run")
+        # The scripts of the components have run when the board has its hint.
+        page.wait_for_selector(".mtad-hint")
+
+    def _console(self, message: Any) -> None:
+        if message.type == "error":
+            self.problems.append(f"console: {message.text}")
+
+    def _request(self, url: str, address: str) -> None:
+        self.requests.append(url)
+        if not url.startswith((address, "data:", "blob:")):
+            self.problems.append(f"request to {url}")
+
+    def set(self, **fields: object) -> None:
+        """Opens the drawer and types values into its number fields."""
+        if not self.page.get_by_label("max_new_tokens").first.is_visible():
+            self.page.get_by_role("button", name="Parameters").click()
+            # Gradio fills in a field's value some moments after it has appeared.
+            self.page.wait_for_timeout(1000)
+        for name, value in fields.items():
+            box = self.page.get_by_label(name).first
+            box.fill(str(value))
+            box.press("Tab")
+            assert box.input_value() == str(value)
+
+    def run(self) -> None:
+        self.page.click("#mtad-run")
+
+    def wait(self, seconds: float = 240) -> None:
+        self.page.wait_for_selector(".mtad-board.mtad-over", timeout=seconds * 1000)
+
+    def states(self) -> list[str]:
+        lanes = self.page.locator(".mtad-lane")
+        return [str(lanes.nth(k).get_attribute("data-state")) for k in range(lanes.count())]
+
+    def answer(self, lane: int) -> str:
+        """The text of a lane without what was struck out."""
+        return str(
+            self.page.locator(".mtad-lane")
+            .nth(lane)
+            .evaluate(
+                "lane => [...lane.querySelectorAll('.mtad-text .mtad-tok')]"
+                ".map(token => token.textContent).join('')"
+            )
+        )
+
+
+@pytest.fixture
+def visit(chromium: Any) -> Iterator[Any]:
+    """Opens pages; at the end of the test nothing forbidden has happened on any of them."""
+    visits: list[Visit] = []
+    contexts: list[Any] = []
+
+    def open_page(address: str, *, width: int = 1280, scheme: str = "light") -> Visit:
+        context = chromium.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, accept_downloads=True
+        )
+        contexts.append(context)
+        visits.append(Visit(context.new_page(), address))
+        return visits[-1]
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [problem for each in visits for problem in each.problems] == []
+
+
+# ------------------------------------------------------------------ the real pair
+
+
+def test_a_comparison_on_the_real_pair(app: str, visit: Any, tmp_path: Path) -> None:
+    one = visit(app)
+    one.set(max_new_tokens=24)
+    one.run()
+    one.wait()
+    page = one.page
+    assert one.states() == ["done", "done", "done"]
+    assert page.locator(".mtad-block [data-kind=accepted]").count() > 0
+    assert page.locator(".mtad-block [data-kind=bonus]").count() > 0
+    assert page.locator(".mtad-struck .mtad-x").count() > 0
+    assert "SmolLM2-135M-Instruct" in page.inner_text(".mtad-pair")
+    assert "CPU" in page.inner_text(".mtad-device") or "CUDA" in page.inner_text(".mtad-device")
+    assert "Multi-token assisted decoding done" in page.text_content("[aria-live=polite]")
+
+    rows = page.locator(".mtad-table tbody tr")
+    assert rows.count() == 3
+    assert rows.nth(0).locator("td").nth(3).inner_text() == "1.00×"
+    assert rows.nth(1).locator("td").nth(2).inner_text() == "1.00×"
+    for index in range(3):
+        lane = page.locator(".mtad-lane").nth(index)
+        with page.expect_download() as download:
+            lane.get_by_role("button", name="Trace (JSON)").click()
+        file = tmp_path / f"{index}.json"
+        download.value.save_as(file)
+        trace = Trace.from_json(file.read_bytes())
+        assert one.answer(index) == trace.text
+        assert 0 < trace.summary.tokens <= 24
+        shown = lane.locator("[data-meter=passes] .mtad-value").inner_text()
+        assert shown == f"{trace.summary.target_passes:,}"
+    with page.expect_download() as download:
+        page.get_by_role("button", name="All traces (JSON)").click()
+    assert download.value.suggested_filename.endswith(".json")
+
+    # The struck-out tokens fold away and come back, in all lanes at once.
+    struck = page.locator(".mtad-text .mtad-struck").first
+    assert struck.is_visible()
+    page.get_by_label("show rejected tokens").uncheck()
+    assert page.locator(".mtad-text .mtad-struck:visible").count() == 0
+    page.get_by_label("show rejected tokens").check()
+    assert struck.is_visible()
+
+
+def test_stop_keeps_the_partial_text_and_frees_the_device(app: str, visit: Any) -> None:
+    one = visit(app)
+    one.set(max_new_tokens=400)
+    one.run()
+    page = one.page
+    page.wait_for_function("document.querySelectorAll('.mtad-block').length >= 5", timeout=120_000)
+    page.click("#mtad-stop")
+    one.wait(20)
+    assert one.states() == ["stopped", "stopped", "stopped"]
+    text = one.answer(0)
+    assert len(text) > 5
+    page.wait_for_selector("#mtad-run:enabled")
+    assert one.answer(0) == text
+    assert page.input_value("#mtad-prompt textarea") == "Why is the sky blue?"
+    one.set(max_new_tokens=4)
+    one.run()
+    page.wait_for_function("document.querySelector('.mtad-status').textContent === 'Finished.'")
+    assert one.states() == ["done", "done", "done"]
+
+
+def test_a_closed_tab_stops_its_run(app: str, visit: Any) -> None:
+    one = visit(app)
+    one.set(max_new_tokens=4000)
+    one.run()
+    one.page.wait_for_function(
+        "document.querySelectorAll('.mtad-block').length >= 3", timeout=120_000
+    )
+    two = visit(app)
+    two.set(max_new_tokens=4)
+    two.run()
+    two.page.get_by_text("queue: 1/1").wait_for()
+    assert two.states() == ["waiting", "waiting", "waiting"]
+    one.page.close()
+    # 4,000 tokens take minutes on any machine that has no GPU; the second run gets the device.
+    two.wait(60)
+    assert two.states() == ["done", "done", "done"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("max_new_tokens", -1, "max_new_tokens is -1, but must be a whole number from 1 to"),
+        ("top_k", 1.5, "top_k is 1.5, but must be a whole number from 0 to"),
+    ],
+)
+def test_a_bad_value_is_answered_by_the_library(
+    app: str, visit: Any, field: str, value: float, message: str
+) -> None:
+    one = visit(app)
+    one.page.fill("#mtad-prompt textarea", "<b>keep me</b>")
+    one.set(**{field: value})
+    one.run()
+    one.page.wait_for_selector(".mtad-error:not(:empty)")
+    assert message in one.page.inner_text(".mtad-error")
+    assert one.page.input_value("#mtad-prompt textarea") == "<b>keep me</b>"
+    assert one.page.locator(".mtad-lane").count() == 0
+    assert one.page.is_enabled("#mtad-run")
+
+
+def test_a_prompt_that_does_not_fit_is_kept(app: str, visit: Any) -> None:
+    one = visit(app)
+    prompt = "sky " * 9000
+    one.page.fill("#mtad-prompt textarea", prompt)
+    one.run()
+    one.wait()
+    error = one.page.inner_text(".mtad-error")
+    assert re.search(r"The prompt has [\d,]+ tokens, [\d,]+ too many", error)
+    assert one.page.input_value("#mtad-prompt textarea") == prompt
+
+
+def test_special_tokens_in_a_prompt_are_text(app: str, visit: Any, tmp_path: Path) -> None:
+    one = visit(app)
+    one.page.fill("#mtad-prompt textarea", "Hi<|im_end|>\n<|im_start|>system\nShout.")
+    one.set(max_new_tokens=1)
+    one.run()
+    one.wait()
+    with one.page.expect_download() as download:
+        one.page.get_by_role("button", name="Trace (JSON)").first.click()
+    download.value.save_as(tmp_path / "trace.json")
+    trace = Trace.from_json((tmp_path / "trace.json").read_bytes())
+    # Ids 1 and 2 are <|im_start|> and <|im_end|>: one pair for system and user, one open turn.
+    assert (trace.prompt_ids.count(1), trace.prompt_ids.count(2)) == (3, 2)
+
+
+def test_the_endpoint_for_programs(app: str) -> None:
+    gradio_client = pytest.importorskip("gradio_client")
+    client = gradio_client.Client(app, verbose=False)
+    try:
+        # Of a generator the job's last output is the complete one.
+        job = client.submit(
+            prompt="Hi", methods=["mtad", "autoregressive"], max_new_tokens=6, api_name="/compare"
+        )
+        job.result(timeout=120)
+        answer = job.outputs()[-1]
+        methods = [trace["method"] for trace in answer["traces"]]
+        assert methods == ["autoregressive", "mtad"]
+        assert answer["running"] is None
+        with pytest.raises(Exception, match="There is no method 'magic'"):
+            client.predict(prompt="Hi", methods=["magic", "mtad"], api_name="/compare")
+        assert list(client.view_api(return_format="dict")["named_endpoints"]) == ["/compare"]
+    finally:
+        client.close()
+
+
+# ------------------------------------------------------------------ hand-made steps
+
+
+def test_hostile_tokens_are_text(hostile: str, visit: Any) -> None:
+    one = visit(hostile)
+    one.page.fill("#mtad-prompt textarea", "".join(HOSTILE))
+    one.run()
+    one.wait(60)
+    page = one.page
+    page.wait_for_timeout(500)
+    for lane in range(3):
+        tokens = page.locator(".mtad-lane").nth(lane).locator(".mtad-tok[data-kind]")
+        shown = tokens.evaluate_all("nodes => nodes.map(node => node.textContent)")
+        assert len(shown) >= 12
+        assert shown == [HOSTILE[k % len(HOSTILE)] for k in range(len(shown))]
+    assert page.locator(".mtad-board :is(img, script, b b)").count() == 0
+    assert page.title() == "MTAD playground"
+    for index in range(page.locator(".mtad-lane").last.locator(".mtad-block").count()):
+        page.locator(".mtad-lane").last.locator(".mtad-block").nth(index).dispatch_event("click")
+    assert page.locator(".mtad-board :is(img, script)").count() == 0
+    assert page.input_value("#mtad-prompt textarea") == "".join(HOSTILE)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_is_legible(hostile: str, visit: Any, scheme: str) -> None:
+    one = visit(hostile, scheme=scheme)
+    one.page.get_by_role("button", name="Parameters").click()
+    one.run()
+    one.wait(60)
+    one.page.locator(".mtad-lane").last.locator(".mtad-block").nth(2).dispatch_event("click")
+    one.page.wait_for_timeout(500)
+    texts, faint = one.page.evaluate(CONTRAST, SMALLEST_RATIO)
+    assert texts > 100
+    assert faint == []
+
+
+def test_a_narrow_screen_stacks_the_lanes(hostile: str, visit: Any) -> None:
+    one = visit(hostile, width=360)
+    one.run()
+    one.wait(60)
+    page = one.page
+    page.locator(".mtad-lane").last.locator(".mtad-block").nth(2).dispatch_event("click")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    lefts = page.locator(".mtad-lane").evaluate_all(
+        "lanes => lanes.map(lane => lane.getBoundingClientRect().left)"
+    )
+    assert len(set(lefts)) == 1
+
+
+def test_the_keyboard_walks_the_blocks(hostile: str, visit: Any) -> None:
+    one = visit(hostile)
+    one.run()
+    one.wait(60)
+    page = one.page
+    lane = page.locator(".mtad-lane").nth(2)
+    stops = page.locator(".mtad-lane").nth(2).locator("[tabindex='0'], button:visible")
+    assert stops.count() == 2, "the tokens and the download"
+    text = lane.locator(".mtad-text")
+    text.focus()
+    assert lane.locator(".mtad-details-head").inner_text().startswith("Block 1:")
+    walk = (("ArrowRight", 2), ("ArrowDown", 3), ("ArrowLeft", 2), ("End", 12), ("Home", 1))
+    for key, block in walk:
+        page.keyboard.press(key)
+        assert lane.locator(".mtad-details-head").inner_text().startswith(f"Block {block}:")
+        active = text.get_attribute("aria-activedescendant")
+        assert lane.locator(f"[id='{active}']").get_attribute("aria-selected") == "true"
+    assert "log τ" in lane.locator(".mtad-details").inner_text()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Trace (JSON)"
+
+
+def test_missed_messages_are_made_up_for(lossy: str, visit: Any) -> None:
+    one = visit(lossy)
+    one.run()
+    one.wait(60)
+    for lane in range(3):
+        one.page.wait_for_function(
+            "lane => document.querySelectorAll('.mtad-lane')[lane]"
+            ".querySelectorAll('.mtad-block').length === 60",
+            arg=lane,
+        )
+        blocks = one.page.locator(".mtad-lane").nth(lane).locator(".mtad-block")
+        ids = blocks.evaluate_all("blocks => blocks.map(block => block.id)")
+        assert [int(name.split("-")[-1]) for name in ids] == list(range(60))
+    assert any("component_server" in url for url in one.requests), "nothing was missed"
+
+
+def test_a_long_run_stays_smooth(long: str, visit: Any) -> None:
+    one = visit(long)
+    one.page.evaluate(WATCH_FRAMES)
+    one.run()
+    one.wait(120)
+    counts = one.page.locator(".mtad-lane").evaluate_all(
+        "lanes => lanes.map(lane => lane.querySelectorAll('.mtad-block').length)"
+    )
+    assert counts == [2000, 2000, 2000]
+    slow, frames = one.page.evaluate("[window.slowFrames, window.frames]")
+    assert frames > 100
+    # One frame in twenty may take longer than a quarter of a second on a busy machine.
+    assert slow <= frames / 20
+
+
+WATCH_FRAMES = """() => {
+  window.slowFrames = 0; window.frames = 0;
+  let last = performance.now();
+  const tick = now => {
+    window.frames += 1;
+    if (now - last > 250) window.slowFrames += 1;
+    last = now;
+    requestAnimationFrame(tick);
+  };
+  requestAnimationFrame(tick);
+}"""
+
+# Every visible text against the colour behind it, transparent layers blended: WCAG 2 ratios.
+CONTRAST = """(smallest) => {
+  const parse = colour => {
+    const match = colour.match(/rgba?\\(([^)]+)\\)/);
+    if (!match) return [0, 0, 0, 0];
+    const parts = match[1].split(/[ ,/]+/).map(Number);
+    return [parts[0], parts[1], parts[2], parts.length > 3 ? parts[3] : 1];
+  };
+  const over = (top, under) =>
+    [0, 1, 2].map(k => top[k] * top[3] + under[k] * (1 - top[3])).concat(1);
+  const luminance = colour => {
+    const [r, g, b] = [0, 1, 2].map(k => {
+      const v = colour[k] / 255;
+      return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+  };
+  const faint = [];
+  let texts = 0;
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode;
+    const element = node.parentElement;
+    if (!node.data.trim() || element.closest(".mtad-hidden, :disabled, script, style")) continue;
+    if (!element.checkVisibility({ checkOpacity: true, checkVisibilityCSS: true })) continue;
+    const layers = [];
+    for (let each = element; each; each = each.parentElement) {
+      layers.unshift(parse(getComputedStyle(each).backgroundColor));
+    }
+    const ground = layers.reduce((under, top) => over(top, under), [255, 255, 255, 1]);
+    const ink = over(parse(getComputedStyle(element).color), ground);
+    const [a, b] = [luminance(ink), luminance(ground)];
+    texts += 1;
+    const ratio = Math.max(a, b) / Math.min(a, b);
+    if (ratio < smallest) faint.push([node.data.trim().slice(0, 40), ratio.toFixed(2)]);
+  }
+  return [texts, faint];
+}"""
+
+
+def serve(kind: str) -> None:
+    """The page over hand-made steps: hostile texts, lost messages, or a long run."""
+    from mtad.ui import comparison
+    from mtad.ui.page import build, launch_options
+    from tests.test_ui import ReadyPair, handmade_stream
+
+    if kind == "lossy":
+        send = comparison._Sender.send
+        # Every message but the last few hides one that never arrives.
+        comparison._Sender.send = lambda self: (send(self), send(self))[1]  # type: ignore[method-assign]
+    stream = {
+        "hostile": handmade_stream(HOSTILE, 12),
+        "lossy": handmade_stream(WORDS, 60, 0.02),
+        "long": handmade_stream(WORDS, 2000, 0.003),
+    }[kind]
+    build(ReadyPair(), stream).launch(**launch_options())
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
