@@ -50,7 +50,7 @@ clean:
 $(STAMP): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "$(PYTHON) is older than Python 3.10; run: make demo PYTHON=python3.12" >&2; exit 1; }
-	test -x "$(PY)" || $(PYTHON) -m venv "$(VENV)"
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv "$(VENV)"
 	$(PY) -m pip install $(PIP_ARGS) -r requirements.txt
 	@touch $@
 

@@ -13,12 +13,12 @@ import torch
 
 from mtad.config import DecodeConfig
 from mtad.decoders.exact import search_exact
-from mtad.draft import Drafter, LMDrafter
 from mtad.errors import ConfigError
 from mtad.lm import CachedLM
-from mtad.pairs import ModelPair
+from mtad.pairs import ModelPair, as_drafter
 from mtad.sampling import score
 from mtad.trace import Bound, Trace
+from mtad.verify import running_sums
 
 JOINT_METHODS = ("mtad", "mtad_tree")
 
@@ -31,7 +31,7 @@ def certify(
     best_token_ids: Sequence[int],
     threshold: float,
 ) -> Bound:
-    """The bound from conditional log-probabilities.
+    """The bound from conditional log-probabilities, at least one of each.
 
     Args:
         accepted_target: log p of each token of the accepted prefix x.
@@ -41,8 +41,11 @@ def certify(
         best_token_ids: y.
         threshold: τ.
     """
-    joint_target, joint_draft = sum(accepted_target), sum(accepted_draft)
-    best, best_by_draft = sum(best_target), sum(best_draft)
+    # The last of the running sums that the rule compared: the same bits.
+    joint_target, joint_draft, best, best_by_draft = (
+        float(running_sums(torch.tensor(logprobs, dtype=torch.float64))[-1])
+        for logprobs in (accepted_target, accepted_draft, best_target, best_draft)
+    )
     outside = best_by_draft == -math.inf
     return Bound(
         certified=joint_target - joint_draft,
@@ -107,11 +110,7 @@ def measure(pair: ModelPair, trace: Trace, index: int) -> Bound:
 def _draft_logprobs(
     pair: ModelPair, prefix: torch.Tensor, block: Sequence[int], config: DecodeConfig
 ) -> list[float]:
-    draft = pair.draft
-    if draft is None:
-        raise ConfigError("This pair has no draft model, so there is no bound.")
-    if not isinstance(draft, Drafter):
-        draft = LMDrafter(CachedLM(draft, pair.vocab_size))
+    draft = as_drafter(pair)
     draft.prefill(prefix[:-1], None)
     tokens = torch.tensor(block, dtype=torch.int64, device=prefix.device)
     logits = draft.next_logits(torch.cat([prefix[-1:], tokens[:-1]]))[:, : pair.vocab_size]

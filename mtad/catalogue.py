@@ -141,6 +141,6 @@ def method_info(method: str) -> MethodInfo:
     Raises:
         ConfigError: there is no such method; the message lists those that exist.
     """
-    if method not in _BY_ID:
+    if not isinstance(method, str) or method not in _BY_ID:
         raise ConfigError(f"There is no method {method!r}. Choose one of: {', '.join(_BY_ID)}.")
     return _BY_ID[method]

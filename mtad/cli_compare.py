@@ -192,10 +192,6 @@ def _take_turns(
                 continue
             if trace.stop_reason == "cancelled":
                 break
-            if trace.stop_reason == "error":
-                done.failures[method] = f"{prompt.id}: {'; '.join(trace.notes) or 'it failed'}"
-                progress.advance()
-                continue
             finished = Run(prompt.id, repeat, trace)
             done.runs.append(finished)
             speed = number(trace.summary.tokens_per_second, 1)
@@ -288,7 +284,7 @@ def _report(done: Comparison, methods: Sequence[str], as_markdown: bool) -> None
         out.file.write(markdown(found) + "\n\n")
         out.file.write("\n".join(f"- {line}" for line in _footer(done, found)) + "\n")
     elif found:
-        out.print(rich_table(found))
+        out.print(rich_table(found, out.width))
         for line in _footer(done, found):
             out.print(line, soft_wrap=True)
     if done.interrupted:

@@ -60,7 +60,11 @@ def generate(
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Apply no chat template.")] = False,
     show: Annotated[
-        bool, typer.Option("--show", help="Mark accepted, rejected, bonus and corrected tokens.")
+        bool,
+        typer.Option(
+            "--show",
+            help="Mark accepted, rejected, bonus and corrected tokens; with brackets in a pipe.",
+        ),
     ] = False,
     json_file: Annotated[
         Path | None,
@@ -95,8 +99,6 @@ def generate(
     err = console(sys.stderr)
     for line in ("", *header_lines(trace), *summary_lines(trace)):
         err.print(line, soft_wrap=True)
-    if trace.stop_reason == "error":
-        raise typer.Exit(1)
     if trace.stop_reason == "cancelled":
         raise typer.Exit(130)
 
@@ -137,9 +139,9 @@ def load(pair: str, device: str | None, dtype: str | None) -> Any:
 
 def _print_events(events: Iterable[Step | Trace], out: Console, *, show: bool) -> Trace:
     """Prints steps as they come; the last event is the trace."""
-    marked = show and out.is_terminal
-    if marked:
-        out.print(legend(styled=True), soft_wrap=True)
+    styled = out.is_terminal
+    if show:
+        out.print(legend(styled=styled), soft_wrap=True)
     trace = None
     last = "\n"
     with _Hypothesis(console(sys.stderr)) as hypothesis:
@@ -152,8 +154,8 @@ def _print_events(events: Iterable[Step | Trace], out: Console, *, show: bool) -
                 continue
             hypothesis.hide()
             last = event.text or last
-            if marked:
-                out.print(step_text(event, styled=True), end="", soft_wrap=True)
+            if show:
+                out.print(step_text(event, styled=styled), end="", soft_wrap=True)
             else:
                 # Into a pipe goes what the model wrote; only a terminal must be protected.
                 out.file.write(clean(event.text) if out.is_terminal else event.text)

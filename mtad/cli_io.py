@@ -58,7 +58,7 @@ def read_prompt(argument: str | None, file: Path | None) -> str:
     if argument is None or argument == "-":
         if sys.stdin is None:
             raise UsageError("There is no standard input to read the prompt from.")
-        return sys.stdin.read(MAX_PROMPT_FILE_BYTES).removesuffix("\n")
+        return _decode(sys.stdin.buffer.read(MAX_PROMPT_FILE_BYTES + 1), "The standard input")
     return argument
 
 
@@ -73,12 +73,16 @@ def read_text(file: Path) -> str:
             data = stream.read(MAX_PROMPT_FILE_BYTES + 1)
     except OSError as error:
         raise PromptError(f"{file} cannot be read: {error.strerror}.") from None
+    return _decode(data, str(file))
+
+
+def _decode(data: bytes, name: str) -> str:
     if len(data) > MAX_PROMPT_FILE_BYTES:
-        raise PromptError(f"{file} is larger than {MAX_PROMPT_FILE_BYTES:,} bytes.")
+        raise PromptError(f"{name} is larger than {MAX_PROMPT_FILE_BYTES:,} bytes.")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise PromptError(f"{file} is no UTF-8 text (byte {error.start}).") from None
+        raise PromptError(f"{name} is no UTF-8 text (byte {error.start}).") from None
     return text.replace("\r\n", "\n").removesuffix("\n")
 
 
@@ -100,17 +104,18 @@ def read_prompts(file: Path) -> list[Prompt]:
             prompts.append(Prompt(f"line-{count}", line.strip()))
     if not prompts:
         raise PromptError(f"{file} holds no prompt.")
-    ids = [prompt.id for prompt in prompts]
-    for name in ids:
-        if ids.count(name) > 1:
-            raise PromptError(f"{file} has the id {name!r} more than once.")
+    seen: set[str] = set()
+    for prompt in prompts:
+        if prompt.id in seen:
+            raise PromptError(f"{file} has the id {prompt.id!r} more than once.")
+        seen.add(prompt.id)
     return prompts
 
 
 def _parse_line(file: Path, count: int, line: str) -> Prompt:
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PromptError(f"{file}, line {count} is no JSON: {error}.") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
         raise PromptError(f'{file}, line {count} is no JSON object with a text "prompt".')
@@ -126,6 +131,8 @@ def read_trace(file: str) -> Trace:
         TraceError: it cannot be read, or is no trace.
     """
     try:
+        if file == "-" and sys.stdin is None:
+            raise UsageError("There is no standard input to read the trace from.")
         if file == "-":
             return Trace.from_json(sys.stdin.buffer.read(MAX_TRACE_BYTES + 1))
         with Path(file).open("rb") as stream:
@@ -146,6 +153,11 @@ def check_writable(file: Path) -> None:
         raise UsageError(f"{file} cannot be written: there is no folder {file.parent}.")
     if not os.access(file.absolute().parent, os.W_OK):
         raise UsageError(f"{file} cannot be written: the folder {file.parent} is read-only.")
+    try:
+        if file.exists() and not file.is_file():
+            raise UsageError(f"{file} is a device or a pipe; name an ordinary file.")
+    except OSError as error:
+        raise UsageError(f"{file} cannot be written: {error.strerror}.") from None
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -156,7 +168,8 @@ def write_atomically(file: Path, text: str) -> None:
     """
     temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.absolute().parent)
+        file = Path(os.path.realpath(file))  # a link stays a link
+        handle, name = tempfile.mkstemp(prefix=".mtad-", dir=file.parent)
         temporary = Path(name)
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
             stream.write(text)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import typing
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -28,10 +27,10 @@ _HELP: dict[str, tuple[Any, str]] = {
     ),
     "beam_width": (int, "Beams W of the draft (mtad, mtad_tree) or target (beam, mtjd). 1 to 64."),
     "accept_threshold": (float, "τ: a prefix passes while joint p / joint q > τ. Above 0."),
-    "temperature": (float, "Divides the logits; 0 chooses by maximum. 0 to 100."),
+    "temperature": (float, "Divides the logits; 0 chooses by maximum. 0, or 0.001 to 100."),
     "top_k": (int, "Keep the k most probable tokens; 0 keeps all."),
     "top_p": (float, "Keep the smallest set with this mass; 1 keeps all. Above 0 to 1."),
-    "seed": (int, "Of every random choice. 0 to 2^63 − 1."),
+    "seed": (int, "Of every random choice. 0 to 2^32 − 1."),
     "k_config": (str, "specinfer: children by depth, such as 4,2,2. 1 to 8 numbers from 1 to 16."),
     "replacement": (bool, "specinfer: draw children with replacement."),
     "fallback_threshold": (float, "bild: the draft stops where it is less sure. 0 to 1."),
@@ -39,7 +38,7 @@ _HELP: dict[str, tuple[Any, str]] = {
     "typical_epsilon": (float, "typical: ε, ceiling of the threshold. Above 0 to 1."),
     "typical_delta": (float, "typical: δ, factor of exp(−entropy). Above 0 to 1."),
     "search": (str, "mtjd: beam or exact."),
-    "joint_temperature": (float, "mtjd exact: blocks are drawn with p^(1/T). 0 to 100."),
+    "joint_temperature": (float, "mtjd exact: blocks are drawn with p^(1/T). 0, or 0.001 to 100."),
     "node_budget": (int, "mtjd exact: most tree nodes of one iteration. 1 to 65536."),
     "ignore_eos": (bool, "Go on after an end-of-sequence token."),
     "stop": (list[str], "Cut the text before this string. May be given up to 16 times."),
@@ -57,12 +56,9 @@ def with_config(command: Callable[..., None]) -> Callable[..., None]:
     Raises (when the command is called):
         UsageError: a value is outside its range; the message names the field and the range.
     """
-    hints = typing.get_type_hints(command, include_extras=True)
-    own = [
-        parameter.replace(annotation=hints[name])
-        for name, parameter in inspect.signature(command).parameters.items()
-        if name != "config"
-    ]
+    # eval_str and not get_type_hints, which on Python 3.10 wraps what defaults to None once more.
+    signature = inspect.signature(command, eval_str=True)
+    own = [item for name, item in signature.parameters.items() if name != "config"]
     options = [_option(name) for name in _FIELDS]
 
     @functools.wraps(command)

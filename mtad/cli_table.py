@@ -191,14 +191,26 @@ def notes(found: Sequence[Row]) -> list[str]:
     return [clean(line).replace("\n", " ") for line in lines]
 
 
-def rich_table(found: Sequence[Row]) -> Table:
-    """The table for a terminal."""
+def rich_table(found: Sequence[Row], width: int) -> Table:
+    """The table for a terminal of `width` columns: where it does not fit, a line a figure."""
     table = Table()
     for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for row in cells(found):
+        left = heading == "method"
+        table.add_column(heading, justify="left" if left else "right", no_wrap=left)
+    texts = cells(found)
+    for row in texts:
         table.add_row(*(Text(clean(cell)) for cell in row))
-    return table
+    # Headings may break between words, figures and ids may not.
+    words = [max(len(word) for word in heading.split()) for heading in HEADINGS]
+    figures = [max((len(row[i]) for row in texts), default=0) for i in range(len(HEADINGS))]
+    if sum(map(max, words, figures)) + 3 * len(HEADINGS) + 1 <= width:
+        return table
+    narrow = Table(show_header=False, box=None, pad_edge=False)
+    for row in texts:
+        narrow.add_row(Text(clean(row[0]), style="bold"), "")
+        for heading, cell in zip(HEADINGS[1:], row[1:], strict=True):
+            narrow.add_row(Text(f"  {heading}"), Text(clean(cell)))
+    return narrow
 
 
 def markdown(found: Sequence[Row]) -> str:

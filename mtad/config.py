@@ -30,8 +30,9 @@ class DecodeConfig:
     Attributes:
         max_new_tokens: most tokens that are emitted.
         num_draft_tokens: the draft length, γ in papers, `num_assistant_tokens` in transformers,
-            `num_speculative_tokens` in vLLM. "auto" lengthens the draft after a block that was
-            accepted whole and shortens it after any other.
+            `num_speculative_tokens` in vLLM. "auto" starts at 4, lengthens the draft after a
+            block that was accepted whole and shortens it after any other; `mtjd`, which has no
+            draft, stays at 4.
         beam_width: W, beams of the draft (`mtad`, `mtad_tree`) or of the target (`beam`, `mtjd`).
         accept_threshold: τ; a prefix passes while joint p / joint q > τ. Finite and > 0.
         temperature: divides the logits of both models. 0 chooses by maximum.

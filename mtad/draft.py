@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from mtad.errors import PairError
 from mtad.lm import CachedLM, Recorder
 
 
@@ -91,7 +92,15 @@ class RecordedDrafter:
         """Recorded as "draft"."""
         self._check()
         with self._recorder.span("draft"):
-            return self.drafter.next_logits(token_ids, parents)[:, : self.vocab_size]
+            logits = self.drafter.next_logits(token_ids, parents)
+        rows = token_ids.shape[0]
+        shape = tuple(getattr(logits, "shape", ()))
+        if len(shape) != 2 or shape[0] != rows or shape[1] < self.vocab_size:
+            raise PairError(
+                f"The draft ({type(self.drafter).__name__}) gave logits of shape {shape}, but they"
+                f" must be a tensor of {rows} rows and at least {self.vocab_size} columns."
+            )
+        return logits[:, : self.vocab_size]
 
     def keep(self, path: Tensor | int) -> None:
         """Passed on."""

@@ -15,14 +15,23 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mtad import inspection, loading
-from mtad.draft import Drafter
+from mtad.draft import Drafter, LMDrafter
 from mtad.errors import ConfigError, PairError
 from mtad.fetch import SMOLLM2, fetch, quiet
+from mtad.lm import CachedLM
 from mtad.presets import DTYPE_BYTES, Preset, find_preset, presets
 from mtad.trace import ModelInfo
 from mtad.wheel import Progress
 
-__all__ = ["ENGINES", "ModelPair", "load_pair", "load_preset", "presets", "unavailable_reason"]
+__all__ = [
+    "ENGINES",
+    "ModelPair",
+    "as_drafter",
+    "load_pair",
+    "load_preset",
+    "presets",
+    "unavailable_reason",
+]
 
 # Engines that a pair can be run on; None means the first.
 ENGINES = ("eager",)
@@ -165,6 +174,19 @@ class ModelPair:
             return inspection.vocab_size(self.draft)
         assert self.draft is not None
         return int(self.draft.vocab_size)
+
+
+def as_drafter(pair: ModelPair) -> Drafter:
+    """The pair's draft behind the seam that decoders know, with an empty cache.
+
+    Raises:
+        PairError: the pair has no draft.
+    """
+    if pair.draft is None:
+        raise PairError("This pair has no draft model. Add one.")
+    if isinstance(pair.draft, PreTrainedModel):
+        return LMDrafter(CachedLM(pair.draft, pair.vocab_size))
+    return pair.draft
 
 
 def check_engine(engine: str | None) -> str:

@@ -1,8 +1,8 @@
 """The runner: one run of one method on one pair, from a prompt to a Trace.
 
-It owns everything that decoders must not know: the worker thread, the lock on the device, the
-warm-up, the clock, the meter, cancellation, the deadline, texts and stop strings. Two runs on
-the same device follow each other; no two runs share state.
+It owns what decoders must not know: the worker thread, the lock on the device, the warm-up,
+cancellation and the deadline; `mtad.recording` adds clock, meter and texts. Two runs on the same
+device follow each other; no two runs share state.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 import transformers
@@ -25,14 +24,15 @@ from transformers import PreTrainedModel
 from mtad.catalogue import MethodInfo, method_info
 from mtad.config import DecodeConfig
 from mtad.decoders import load_decoder
-from mtad.draft import Drafter, LMDrafter, RecordedDrafter
+from mtad.draft import Drafter, RecordedDrafter
 from mtad.energy import Meter, none_meter, probe
 from mtad.errors import Cancelled, ConfigError, DeadlineExceeded, PairError, PromptError
 from mtad.lm import CachedLM, Clock, CudaClock, Recorder, WallClock
 from mtad.metrics import summarize
-from mtad.pairs import ModelPair
-from mtad.text import Detokenizer, encode_prompt
-from mtad.trace import Decision, Step, StopReason, Trace, replace_emitted
+from mtad.pairs import ModelPair, as_drafter
+from mtad.recording import Scribe, Timing, synchronize
+from mtad.text import encode_prompt
+from mtad.trace import Decision, Step, StopReason, Trace
 from mtad.version import __version__
 
 _LOCK_POLL_SECONDS = 0.05
@@ -236,7 +236,7 @@ class _Run:
         with contextlib.suppress(Cancelled):  # the run's own first pass says so again
             _warm_up(pair, self._check)
         meter = self._meter or _meter_for(pair)
-        timing = _Timing(device, meter)
+        timing = Timing(device, meter)
         recorder = Recorder(_clock(device), on_decode=timing.begin_decoding)
         target = CachedLM(pair.target, pair.vocab_size, recorder=recorder, check=self._check)
         budget = min(self.config.max_new_tokens, self.room)
@@ -248,7 +248,7 @@ class _Run:
             torch.Generator(device).manual_seed(self.config.seed),
             eos_token_ids=pair.eos_token_ids,
         )
-        scribe = _Scribe(self, recorder, timing)
+        scribe = Scribe(pair.tokenizer, self.prompt_ids, self.config.stop, recorder, timing)
         started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         timing.begin()
         try:
@@ -287,7 +287,7 @@ class _Run:
             notes=tuple(pair.notes) if self.info.uses_draft else (),
         )
 
-    def _drain(self, decisions: Iterator[Decision], scribe: _Scribe) -> StopReason:
+    def _drain(self, decisions: Iterator[Decision], scribe: Scribe) -> StopReason:
         """Takes decisions until the run ends, and says why it ended."""
         try:
             for decision in decisions:
@@ -307,157 +307,8 @@ class _Run:
         return "context" if self.room < self.config.max_new_tokens else "length"
 
     def _drafter(self, recorder: Recorder) -> Drafter:
-        draft: PreTrainedModel | Drafter | None = self.pair.draft
-        if isinstance(draft, PreTrainedModel):
-            draft = LMDrafter(CachedLM(draft, self.pair.vocab_size))
-        assert draft is not None
-        return RecordedDrafter(draft, self.pair.vocab_size, recorder, self._check)
-
-
-class _Timing:
-    """Wall seconds and joules of the two windows, with the device caught up at every end."""
-
-    def __init__(self, device: torch.device, meter: Meter) -> None:
-        self.meter = meter
-        self._device = device
-        self._began = self._ended = 0.0
-        self._decode_began: float | None = None
-
-    def begin(self) -> None:
-        """Opens the end-to-end window."""
-        _synchronize(self._device)
-        self.meter.start()
-        self._began = time.perf_counter()
-
-    def begin_decoding(self) -> None:
-        """Opens the decode window: the prefill is over."""
-        _synchronize(self._device)
-        self.meter.mark()
-        self._decode_began = time.perf_counter()
-
-    def end(self) -> Any:
-        """Closes both windows and gives the meter's readings."""
-        _synchronize(self._device)
-        self._ended = time.perf_counter()
-        if self._decode_began is None:  # stopped during the prefill: no second was decoding
-            self._decode_began = self._ended
-        return self.meter.stop()
-
-    def since_decoding_began(self) -> float:
-        """Seconds; 0 before it has."""
-        began = self._decode_began
-        return 0.0 if began is None else time.perf_counter() - began
-
-    @property
-    def prefill_seconds(self) -> float:
-        """Known once decoding has begun."""
-        assert self._decode_began is not None
-        return self._decode_began - self._began
-
-    @property
-    def decode_seconds(self) -> float:
-        """Known after `end`."""
-        assert self._decode_began is not None
-        return self._ended - self._decode_began
-
-
-class _Scribe:
-    """Turns decisions into steps: texts, seconds, joules; watches for stop strings."""
-
-    def __init__(self, run: _Run, recorder: Recorder, timing: _Timing) -> None:
-        self.steps: list[Step] = []
-        self.stopped = False
-        self.first_token_seconds: float | None = None
-        self._run = run
-        self._recorder = recorder
-        self._timing = timing
-        self._words = Detokenizer(run.pair.tokenizer, run.prompt_ids)
-        self._provisional: Step | None = None
-        self._seconds = {"draft": 0.0, "verify": 0.0}
-        self._tail = ""
-
-    def write(self, decision: Decision) -> Step:
-        """The step of a decision; provisional ones are remembered but not recorded."""
-        seconds = self._timing.since_decoding_began()
-        joules = self._timing.meter.joules_so_far()
-        if self.first_token_seconds is None and decision.emitted:
-            self.first_token_seconds = self._timing.prefill_seconds + seconds
-        for name, spent in self._recorder.take().items():
-            self._seconds[name] = self._seconds.get(name, 0.0) + spent
-        words = self._words
-        if decision.provisional or self._provisional is not None:
-            # A hypothesis is spelled from the start each time: its tokens may all be others.
-            words = Detokenizer(self._run.pair.tokenizer, self._run.prompt_ids)
-            self._tail = ""
-        texts = [words.push(token) for token in decision.emitted]
-        decision, texts = self._cut_at_stop(decision, texts)
-        step = Step(
-            index=len(self.steps),
-            decision=dataclasses.replace(
-                decision,
-                alternatives=tuple(
-                    tuple(dataclasses.replace(a, text=words.piece(a.token_id)) for a in position)
-                    for position in decision.alternatives
-                ),
-            ),
-            emitted_texts=tuple(texts),
-            node_texts=tuple(words.piece(token) for token in decision.tree.token_ids),
-            draft_seconds=self._seconds["draft"],
-            verify_seconds=self._seconds["verify"],
-            seconds=seconds,
-            joules=joules,
-        )
-        if decision.provisional:
-            self._provisional = step
-        else:
-            self.steps.append(step)
-            self._provisional = None
-            self._seconds = {"draft": 0.0, "verify": 0.0}
-        return step
-
-    def settle(self) -> None:
-        """After a stop, the last hypothesis is what was decoded."""
-        if self._provisional is not None:
-            decision = dataclasses.replace(self._provisional.decision, provisional=False)
-            self.steps.append(dataclasses.replace(self._provisional, decision=decision))
-            self._provisional = None
-
-    def _take_back(self, excess: int) -> None:
-        """A stop string may have begun in earlier steps: the record loses what they showed."""
-        for index in range(len(self.steps) - 1, -1, -1):
-            if not excess:
-                return
-            texts, excess = _shorten(self.steps[index].emitted_texts, excess)
-            self.steps[index] = dataclasses.replace(self.steps[index], emitted_texts=tuple(texts))
-
-    def _cut_at_stop(self, decision: Decision, texts: list[str]) -> tuple[Decision, list[str]]:
-        """Cuts a step at the first stop string, which may have begun in earlier steps."""
-        stops = self._run.config.stop
-        if not stops:
-            return decision, texts
-        longest = max(len(stop) for stop in stops)
-        before = self._tail
-        text = before
-        for count, piece in enumerate(texts, start=1):
-            text += piece
-            found = [index for index in (text.find(stop) for stop in stops) if index >= 0]
-            if found:
-                self.stopped = not decision.provisional
-                texts, excess = _shorten(texts[:count], len(text) - min(found))
-                self._take_back(0 if decision.provisional else excess)
-                return replace_emitted(decision, count), texts
-        self._tail = text[-(longest - 1) :] if longest > 1 else ""
-        return decision, texts
-
-
-def _shorten(texts: Sequence[str], excess: int) -> tuple[list[str], int]:
-    """Takes `excess` characters off the end of the joined texts; also says how many are left."""
-    shortened = list(texts)
-    for index in range(len(texts) - 1, -1, -1):
-        taken = min(excess, len(texts[index]))
-        shortened[index] = texts[index][: len(texts[index]) - taken]
-        excess -= taken
-    return shortened, excess
+        drafter = as_drafter(self.pair)
+        return RecordedDrafter(drafter, self.pair.vocab_size, recorder, self._check)
 
 
 def _clock(device: torch.device) -> Clock:
@@ -474,14 +325,6 @@ def _meter_for(pair: ModelPair) -> Meter:
     return probe(pair.device)
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        for index in range(torch.cuda.device_count()):
-            torch.cuda.synchronize(index)
-    elif device.type == "mps":
-        torch.mps.synchronize()
-
-
 def _warm_up(pair: ModelPair, check: Callable[[], None]) -> None:
     """The first passes of a model pay for allocations and kernels; no run should."""
     for model in (pair.target, pair.draft):
@@ -491,7 +334,7 @@ def _warm_up(pair: ModelPair, check: Callable[[], None]) -> None:
             lm.prefill(tokens)
             for rows in (1, 5):
                 lm.forward(tokens.expand(rows))
-            _synchronize(pair.device)
+            synchronize(pair.device)
             _warmed.add(model)
 
 

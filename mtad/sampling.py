@@ -108,7 +108,9 @@ def warp(logits: Tensor, config: DecodeConfig) -> Warped:
     if config.top_p < 1.0:
         mass_through = logprobs.exp().cumsum(-1)
         mass_before = torch.nn.functional.pad(mass_through[..., :-1], (1, 0))
-        logprobs = torch.where(mass_before < config.top_p, logprobs, -torch.inf).log_softmax(-1)
+        # The first token stays whatever top_p is: one that float32 rounds to 0 keeps it alone.
+        kept = (mass_before < config.top_p) | (mass_before == 0.0)
+        logprobs = torch.where(kept, logprobs, -torch.inf).log_softmax(-1)
     return Warped(token_ids, logprobs, vocab_size)
 
 

@@ -13,7 +13,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.text import Text
 
-from mtad.trace import EnergyReading, Step, Summary, Trace
+from mtad.trace import EnergyReading, Step, StopReason, Summary, Trace
 
 DASH = "—"
 
@@ -182,14 +182,13 @@ def _energy_line(summary: Summary, reading: EnergyReading) -> str:
     return f"{line}: {reading.reason}" if reading.reason else line
 
 
-_END = {
+_END: dict[StopReason, str] = {
     "eos": "the model wrote an end-of-sequence token",
     "length": "max_new_tokens was reached",
     "context": "the context of the pair is full",
     "stop": "a stop string appeared",
     "cancelled": "stopped by the user",
     "deadline": "the deadline was reached",
-    "error": "an error, see the notes",
 }
 
 

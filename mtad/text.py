@@ -10,6 +10,8 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jinja2
+
 from mtad.errors import PromptError
 
 _ROLES = ("system", "user", "assistant")
@@ -107,7 +109,8 @@ def _checked_turns(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]
                 f"messages[{index}] has role {role!r}, but must have one of: {', '.join(_ROLES)}."
             )
         check = _check_text if role == "system" else _check_content  # a system turn may be empty
-        content = check(message.get("content") or "", f"messages[{index}]")
+        content = message.get("content")
+        content = check("" if content is None else content, f"messages[{index}]")
         turns.append({"role": role, "content": content})
     if not turns or turns[-1]["role"] != "user":
         raise PromptError("messages is empty or does not end with a user's turn. Add one.")
@@ -137,6 +140,13 @@ def _encode_chat(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
         tokenizer,
         [{"role": turn["role"], "content": name} for turn, name in zip(turns, marks, strict=True)],
     )
+    if [template.count(name) for name in marks] != [1] * len(marks) or (
+        sorted(marks, key=template.index) != marks
+    ):
+        raise PromptError(
+            "The chat template of this pair does not keep every turn as it stands, so that the"
+            " names of special tokens in a message cannot be told from real ones. Take them out."
+        )
     token_ids: list[int] = []
     for name, turn in zip(marks, turns, strict=True):
         before, _, template = template.partition(name)
@@ -148,7 +158,14 @@ def _encode_chat(tokenizer: Any, turns: list[dict[str, str]]) -> list[int]:
 
 
 def _render(tokenizer: Any, turns: list[dict[str, str]]) -> str:
-    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    try:
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        raise PromptError(
+            f"The chat template of this pair refuses these messages: {error}. Many take no system"
+            " turn, or want user and assistant to alternate."
+        ) from None
+    return str(rendered)
 
 
 class Detokenizer:

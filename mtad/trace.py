@@ -38,7 +38,7 @@ MAX_PROMPT_TOKENS = 1_048_576
 
 FinalKind = Literal["bonus", "corrected", "sampled"]
 TokenKind = Literal["accepted", "bonus", "corrected", "sampled"]
-StopReason = Literal["eos", "length", "context", "stop", "cancelled", "deadline", "error"]
+StopReason = Literal["eos", "length", "context", "stop", "cancelled", "deadline"]
 
 
 def _from_json_logprob(value: object) -> object:

@@ -1,8 +1,10 @@
 """The acceptance rules, each a pure function named after its source.
 
 Vocabulary: the *target* p is the model whose distribution counts, the *draft* q proposed the
-tokens. *Accepted* tokens are draft tokens that a rule keeps. A *corrected* token replaces the
-first rejected one, a *bonus* token follows an accepted block; both are drawn from the target.
+tokens. *Accepted* tokens are draft tokens that a rule keeps. Every pass ends with one token of the
+target's own. Where a rule rejects a single token, that is the *corrected* token in its place; a
+*bonus* token follows the accepted ones. The joint rules and `typical` draw it from plain p
+whatever was rejected, so theirs is always a bonus.
 All log-probabilities are natural logarithms of the warped conditionals. Rules run on the
 device of their arguments and read nothing back to the host, `multi_candidate` excepted.
 """
@@ -48,7 +50,8 @@ def joint_accept_lengths(
     """MTAD's rule: the *longest* prefix whose joint ratio p/q exceeds the threshold.
 
     A later pass rescues an earlier dip: what counts is the last depth that passes, not the
-    first that fails. Source: Qin et al. 2025 (arXiv 2407.09722), section 4.
+    first that fails. With τ ≥ 1 a prefix passes only where the target finds it likelier than the
+    draft does. Source: Qin et al. 2025 (arXiv 2407.09722).
 
     Args:
         target_logprobs: log p of each draft token given the tokens before it.
@@ -142,7 +145,8 @@ def rejection_ratios(
 def typical_thresholds(target: Warped, epsilon: float, delta: float) -> Tensor:
     """[γ] float64: min(ε, δ·exp(−H(p))); a draft token is kept while p(x) exceeds it.
 
-    Source: Cai et al. 2024 (arXiv 2401.10774), section 3.3.1.
+    p and its entropy H are warped. Source: Cai et al. 2024 (arXiv 2401.10774), typical
+    acceptance.
     """
     return (delta * torch.exp(-wide(target.entropy()))).clamp_max(epsilon)
 
@@ -150,7 +154,8 @@ def typical_thresholds(target: Warped, epsilon: float, delta: float) -> Tensor:
 def rollback_keeps(target_logprobs: Tensor, rollback_threshold: float) -> Tensor:
     """[γ] bool: BiLD keeps a token unless −log p(x) exceeds the rollback threshold.
 
-    Source: Kim et al. 2023 (arXiv 2302.07863), section 3.3.
+    log p is unwarped, at temperature 1. Source: Kim et al. 2023 (arXiv 2302.07863), rollback
+    policy.
     """
     return wide(target_logprobs) >= -rollback_threshold
 

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from mtad.cli_table import Run, cells, markdown, notes, rows
 from mtad.config import DecodeConfig
 from mtad.errors import BudgetError, Cancelled, MtadError, PromptError
 from mtad.terminal import STYLES, clean, console, step_text, summary_lines
-from mtad.trace import Step, Trace
+from mtad.trace import Step, StopReason, Trace
 from tests.samples import HOSTILE, NO_SENSOR, trace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,6 +137,12 @@ def test_a_tree_shows_how_many_nodes_were_rejected() -> None:
     branching = dataclasses.replace(first.decision.tree, parents=(-1, 0, 0))
     step = dataclasses.replace(first, decision=dataclasses.replace(first.decision, tree=branching))
     assert "⟨1 other nodes⟩" in step_text(step, styled=False).plain
+
+
+@pytest.mark.parametrize("reason", typing.get_args(StopReason))
+def test_every_end_of_a_run_is_said(reason: StopReason) -> None:
+    lines = summary_lines(dataclasses.replace(trace(), stop_reason=reason))
+    assert sum(line.startswith("ended: ") for line in lines) == 1
 
 
 # methods, pairs, replay

@@ -28,7 +28,7 @@ LAYERS = (
     {"verify"},
     {"lm"},
     {"draft"},
-    {"decoders"},
+    {"decoders", "recording"},
     {"pairs"},
     {"runner", "bound"},
     {"bench", "distill"},

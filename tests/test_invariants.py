@@ -320,6 +320,28 @@ def test_a_perfect_draft_is_accepted_whole(method: str) -> None:
     assert trace.summary.acceptance_rate == 1.0
 
 
+@pytest.mark.parametrize("method", BLOCK_METHODS)
+def test_a_block_that_is_accepted_whole_does_not_overshoot(method: str) -> None:
+    """Neither max_new_tokens nor the context: γ is cut so that the bonus still fits."""
+    shape: dict[str, Any] = {
+        "num_draft_tokens": 3,
+        "k_config": (1, 1, 1),
+        "typical_epsilon": 1e-6,
+        "fallback_threshold": 0.0,
+        "rollback_threshold": 1e6,
+    }
+    for asked in range(1, 9):
+        config = mtad.DecodeConfig(max_new_tokens=asked, **shape)
+        trace = mtad.run(method, pair_of("twins"), prompt_ids=PROMPT, config=config)
+        assert (len(trace.token_ids), trace.stop_reason) == (asked, "length")
+    target = models("small")[0]
+    narrow = mtad.ModelPair(target=target, draft=target)
+    for size in range(16, 24):
+        config = mtad.DecodeConfig(max_new_tokens=100, **shape)
+        trace = mtad.run(method, narrow, prompt_ids=[1] * size, config=config)
+        assert (len(trace.token_ids), trace.stop_reason) == (24 - size, "context")
+
+
 def test_an_automatic_draft_length_follows_what_is_accepted() -> None:
     """From 4, +2 after a block that passed whole, −1 after any other, between 1 and 16."""
     config = mtad.DecodeConfig(max_new_tokens=120, num_draft_tokens="auto")

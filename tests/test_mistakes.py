@@ -13,7 +13,7 @@ from torch import Tensor
 import mtad
 from mtad.config import DecodeConfig
 from mtad.decoders import common, load_decoder, specinfer, speculative
-from mtad.decoders.beams import Beams, beam_weights, draft_beams
+from mtad.decoders.beams import Beams, beam_weights, grow_beams
 from mtad.draft import LMDrafter
 from mtad.errors import MtadError
 from mtad.lm import CachedLM
@@ -69,7 +69,7 @@ def check_logprobs_follow_the_ancestry(read: Callable[[list[Beams], Tensor], Ten
     lm = TableLM(6, seed=3)
     for seed in range(5):
         lm.prefill(torch.tensor([0]))
-        history = draft_beams(
+        history = grow_beams(
             lm.next_logits,
             torch.tensor([1]),
             4,
@@ -317,7 +317,7 @@ def test_9_padded_vocabularies(monkeypatch: pytest.MonkeyPatch) -> None:
         logits: Tensor = self.drafter.next_logits(token_ids, parents)
         return logits
 
-    monkeypatch.setattr("mtad.runner.CachedLM", Uncut)
+    monkeypatch.setattr("mtad.pairs.CachedLM", Uncut)
     monkeypatch.setattr("mtad.draft.RecordedDrafter.next_logits", next_logits)
     with pytest.raises((AssertionError, IndexError, RuntimeError)):
         check_only_common_tokens_are_drafted(pair)

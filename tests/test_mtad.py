@@ -16,9 +16,9 @@ from mtad import bound
 from mtad.config import DecodeConfig
 from mtad.decoders import load_decoder
 from mtad.decoders import mtad as mtad_decoder
-from mtad.decoders.beams import Beams, beam_weights, draft_beams
+from mtad.decoders.beams import Beams, beam_weights, grow_beams
 from mtad.draft import LMDrafter
-from mtad.errors import ConfigError
+from mtad.errors import BudgetError, ConfigError, PairError
 from mtad.lm import CachedLM
 from mtad.sampling import score, warp
 from tests.models import tiny
@@ -161,7 +161,7 @@ def test_hypotheses_are_distinct_and_their_joints_are_sums(temperature: float) -
     lm.prefill(torch.tensor([0]))
     config = DecodeConfig(beam_width=4, temperature=temperature, top_k=0, top_p=1.0)
     generator = torch.Generator().manual_seed(1)
-    history = draft_beams(lm.next_logits, torch.tensor([1]), 4, config, generator, never)
+    history = grow_beams(lm.next_logits, torch.tensor([1]), 4, config, generator, never)
     for beams in history:
         sequences = [tuple(row) for row in beams.token_ids.tolist()]
         assert len(set(sequences)) == 4
@@ -177,7 +177,7 @@ def test_beam_search_at_temperature_zero_takes_the_largest() -> None:
     lm = TableLM(4, seed=5)
     lm.prefill(torch.tensor([0]))
     config = DecodeConfig(beam_width=4, temperature=0.0)
-    history = draft_beams(lm.next_logits, torch.tensor([1]), 2, config, torch.Generator(), never)
+    history = grow_beams(lm.next_logits, torch.tensor([1]), 2, config, torch.Generator(), never)
     joints = {}
     for a, b in itertools.product(range(4), repeat=2):
         first = lm.logits_after([0, 1]).log_softmax(-1)[a]
@@ -221,7 +221,7 @@ def test_a_finished_hypothesis_competes_by_its_joint_and_spends_no_node() -> Non
     lm.prefill(torch.tensor([0]))
     eos = int(lm.logits_after([0, 1]).argmax())
     config = DecodeConfig(beam_width=3, temperature=0.0)
-    history = draft_beams(
+    history = grow_beams(
         lm.next_logits, torch.tensor([1]), 4, config, torch.Generator(), lambda t: t == eos
     )
     final = history[-1]
@@ -340,3 +340,55 @@ def test_mtjd_beam_commits_the_most_probable_final_beam() -> None:
     block = mtad_decoder.draft_block(state, 4)
     assert decision.emitted == tuple(block.token_ids.tolist())
     assert decision.target_passes == 4
+
+
+class OddDrafter:
+    """A drafter that answers whatever it was told to."""
+
+    vocab_size = 24
+
+    def __init__(self, logits: Any) -> None:
+        self.logits = logits
+
+    def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
+        pass
+
+    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Any:
+        return self.logits(token_ids.shape[0])
+
+    def keep(self, path: Tensor | int) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        lambda rows: torch.zeros(rows, 20),
+        lambda rows: torch.zeros(rows + 1, 24),
+        lambda rows: torch.zeros(24),
+        lambda rows: None,
+    ],
+)
+@pytest.mark.parametrize("method", ["speculative", "specinfer", "mtad", "mtad_tree", "bild"])
+def test_a_drafter_that_breaks_its_contract_is_named(method: str, logits: Any) -> None:
+    pair = mtad.ModelPair(target=PAIR.target, draft=OddDrafter(logits))
+    with pytest.raises(PairError, match=r"OddDrafter\) gave logits of shape .* 24 columns"):
+        run(method, pair)
+
+
+@pytest.mark.parametrize("method", ["speculative", "specinfer", "mtad", "mtad_tree", "bild"])
+def test_a_draft_of_nan_is_refused_by_every_method(method: str) -> None:
+    broken = OddDrafter(lambda rows: torch.full((rows, 24), torch.nan))
+    with pytest.raises(PairError, match="draft's logits are not numbers"):
+        run(method, mtad.ModelPair(target=PAIR.target, draft=broken))
+
+
+def test_exact_search_counts_before_it_builds() -> None:
+    wide_pair = mtad.ModelPair(target=tiny("llama", vocab_size=3000, seed=1))
+    exact = {"search": "exact", "top_k": 0, "top_p": 1.0, "node_budget": 65_536}
+    with pytest.raises(BudgetError, match=r"9,000,000 blocks|blocks at depth 2 of 2"):
+        run("mtjd", wide_pair, num_draft_tokens=2, **exact)
+    with pytest.raises(BudgetError, match="At temperature 0 nothing is filtered"):
+        run("mtjd", wide_pair, temperature=0.0, num_draft_tokens=2, search="exact")
+    with pytest.raises(BudgetError, match=r"Lower num_draft_tokens .* or top_k \(now 10\)"):
+        run("mtjd", PAIR, num_draft_tokens=4, search="exact", top_p=1.0, node_budget=100)

@@ -125,6 +125,7 @@ class Visit:
 
     def __init__(self, page: Any, address: str) -> None:
         self.page = page
+        self.drawer_open = False
         self.problems: list[str] = []
         self.requests: list[str] = []
         page.on("dialog", lambda dialog: (self.problems.append("dialog"), dialog.dismiss()))
@@ -147,14 +148,20 @@ class Visit:
 
     def set(self, **fields: object) -> None:
         """Opens the drawer and types values into its number fields."""
-        if not self.page.get_by_label("max_new_tokens").first.is_visible():
+        if not self.drawer_open:
             self.page.get_by_role("button", name="Parameters").click()
-            # Gradio fills in a field's value some moments after it has appeared.
-            self.page.wait_for_timeout(1000)
+            self.drawer_open = True
         for name, value in fields.items():
             box = self.page.get_by_label(name).first
-            box.fill(str(value))
-            box.press("Tab")
+            box.wait_for(state="visible")
+            # Gradio fills in a field's own value some moments after it has appeared, later on a
+            # busy machine: type until the value stays.
+            for _ in range(20):
+                box.fill(str(value))
+                box.press("Tab")
+                self.page.wait_for_timeout(1000)
+                if box.input_value() == str(value):
+                    break
             assert box.input_value() == str(value)
 
     def run(self) -> None:

@@ -176,3 +176,11 @@ def test_token_logprobs_and_alternatives_are_unwarped() -> None:
     assert torch.equal(ids, indices)
     torch.testing.assert_close(logprobs, values)
     torch.testing.assert_close(unwarped(logits).dense(), reference)
+
+
+@pytest.mark.parametrize("top_p", [1e-300, 7e-46, 1e-9])
+def test_a_top_p_that_float32_rounds_to_zero_keeps_the_best_token(top_p: float) -> None:
+    logits = torch.tensor([[0.3, 2.0, 1.0], [5.0, -1.0, 0.0]])
+    for top_k in (0, 2):
+        row = warp(logits, DecodeConfig(top_k=top_k, top_p=top_p))
+        assert row.dense().exp().tolist() == [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]

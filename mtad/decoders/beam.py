@@ -53,7 +53,7 @@ def decode(
         slots = torch.cat([slots, held.unsqueeze(-1)], dim=-1)
         beams = beams.grow(logits, width, config, generator, state.is_eos, record=NUM_ALTERNATIVES)
         slots = slots.index_select(0, beams.came_from)
-        over, decision = read_best(beams, state, config)
+        over, decision = read_best(beams, config)
         done = over or beams.steps == config.max_new_tokens
         yield dataclasses.replace(
             decision,
@@ -68,7 +68,7 @@ def decode(
         rows, parents = beams.token_ids[:, -1], slots[:, -1]
 
 
-def read_best(beams: Beams, state: State, config: DecodeConfig) -> tuple[bool, Decision]:
+def read_best(beams: Beams, config: DecodeConfig) -> tuple[bool, Decision]:
     """Whether the search is over, and the best hypothesis as a decision (one host read).
 
     It is over when every hypothesis has ended. A maximising search is also over when the best

@@ -26,9 +26,10 @@ from mtad.sampling import (
 
 
 def beam_weights(joint_logprobs: Tensor) -> Tensor:
-    """[W] joints of the hypotheses → [W] log-weights that sum to one over the beam.
+    """Joint log-probabilities → log-weights of the same ratios that sum to one.
 
-    The probabilities themselves are renormalised; a softmax of probabilities would flatten them.
+    [W] hypotheses, or all their [W · K] continuations. The probabilities themselves are
+    renormalised, which changes no ratio between them.
     """
     return joint_logprobs - joint_logprobs.logsumexp(-1)
 
@@ -176,7 +177,7 @@ def _append_rows(history: Tensor, slot: Tensor, latest: Tensor) -> Tensor:
     return torch.cat([history[slot], latest[slot].unsqueeze(1)], dim=1)
 
 
-def draft_beams(
+def grow_beams(
     next_logits: Callable[[Tensor, Tensor | None], Tensor],
     pending: Tensor,
     steps: int,

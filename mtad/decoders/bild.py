@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mtad.config import DecodeConfig
-from mtad.decoders.common import Proposal, State
+from mtad.decoders.common import Proposal, State, check_finite
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.sampling import draw, uniforms, warp, wide
@@ -66,7 +66,9 @@ def write_while_sure(state: State, length: int) -> Proposal:
     sure = True
     while sure and len(token_ids) < length:
         logits = state.draft_logits(unread)[-1]
-        sure = bool(logits.float().softmax(-1).amax() >= state.config.fallback_threshold)
+        peak = float(logits.float().softmax(-1).amax())
+        check_finite("draft", [peak])
+        sure = peak >= state.config.fallback_threshold
         if sure:
             row = warp(logits, state.config)
             unread = draw(row, uniforms(state.generator, 1)[0]).view(1)
@@ -74,11 +76,10 @@ def write_while_sure(state: State, length: int) -> Proposal:
             logprobs.append(row.logprob_of(unread[0]).view(1))
             sure = int(unread) not in state.eos_ids
     if not token_ids:
-        nothing = Proposal.nothing(state.target.device)
-        nothing.cached_depth = 0
-        return nothing
-    written = len(token_ids)
-    unread_last = sure or int(unread) in state.eos_ids
+        return Proposal.nothing(state.target.device, cached_depth=0)
+    # The draft has read its own tokens but for the last one, unless what stopped it was the
+    # distribution *after* the last one.
+    last_unread = sure or int(unread) in state.eos_ids
     return Proposal.block(
-        torch.cat(token_ids), torch.cat(logprobs), cached_depth=written - int(unread_last)
+        torch.cat(token_ids), torch.cat(logprobs), cached_depth=len(token_ids) - int(last_unread)
     )

@@ -1,9 +1,10 @@
 """What every decoder shares: where decoding stands, and how an iteration is concluded.
 
-An iteration of a block method is propose → one target pass → a rule → `State.conclude`. Up to
-`conclude` everything stays on the device; `conclude` reads the outcome back in one packed
-copy, which is the only synchronisation of the iteration, and brings both caches to the accepted
-prefix.
+An iteration of a block method is propose → one target pass → a rule → `State.conclude`, which
+reads the outcome back in one packed copy and brings both caches to the accepted prefix. For
+`autoregressive`, `speculative`, `mtad`, `mtad_tree` and `typical` that copy is the only
+synchronisation of the iteration; `bild` also asks after every draft token whether to go on, and
+`specinfer` tests its tree on the host.
 """
 
 from __future__ import annotations
@@ -53,18 +54,28 @@ class Proposal:
     draft_nodes: Tensor | None = None
 
     @staticmethod
-    def block(token_ids: Tensor, draft_logprobs: Tensor, cached_depth: int) -> Proposal:
-        """A linear block of [γ] tokens that the draft wrote one after another."""
+    def block(
+        token_ids: Tensor,
+        draft_logprobs: Tensor,
+        cached_depth: int,
+        *,
+        real: Tensor | None = None,
+        draft_nodes: Tensor | None = None,
+    ) -> Proposal:
+        """A linear block of [γ] tokens; all of them real unless said otherwise."""
         size = token_ids.shape[0]
         parents = torch.arange(-1, size - 1, device=token_ids.device)
-        real = torch.ones_like(parents, dtype=torch.bool)
-        return Proposal(token_ids, parents, draft_logprobs, cached_depth, size, real)
+        if real is None:
+            real = torch.ones_like(parents, dtype=torch.bool)
+        return Proposal(
+            token_ids, parents, draft_logprobs, cached_depth, size, real, draft_nodes=draft_nodes
+        )
 
     @staticmethod
-    def nothing(device: torch.device) -> Proposal:
+    def nothing(device: torch.device, cached_depth: int = -1) -> Proposal:
         """No draft: the pass serves the pending token alone."""
         none = torch.empty(0, dtype=torch.int64, device=device)
-        return Proposal(none, none, none.float(), -1, 0, none.bool())
+        return Proposal(none, none, none.float(), cached_depth, 0, none.bool())
 
 
 @dataclass

@@ -20,6 +20,8 @@ from mtad.sampling import Warped, draw, score, top_alternatives, wide
 from mtad.trace import Alternative
 
 _CHUNK_NODES = 256
+# Leaves are not forwarded, but they are held: about 100 bytes each.
+_MAX_LEAVES = 2**22
 
 
 @dataclass(frozen=True)
@@ -132,12 +134,25 @@ def search_exact(
     forwarded = 0
     for depth in range(1, length + 1):
         children: list[Leaves] = []
+        wanted = 0
         for start in range(0, rows.shape[0], _CHUNK_NODES):
             chunk = slice(start, start + _CHUNK_NODES)
             first = target.nodes
             logits = target.forward(rows[chunk], None if parents is None else parents[chunk]).logits
             here = torch.arange(first, target.nodes, device=device)
-            children.append(_expand(_take(frontier, chunk), here, logits, config))
+            scored = score(logits, config)
+            check_finite("target", scored.logprobs.amax(-1).tolist())  # NaN if any entry is
+            # Counted before they are made: a level can be far larger than the memory.
+            possible = scored.logprobs > -torch.inf
+            if depth < length:
+                forwarded += int((possible & ~is_eos(scored.token_ids)).sum())
+                if forwarded > config.node_budget:
+                    raise BudgetError(_too_many(f"{forwarded:,} nodes", depth, length, config))
+            else:
+                wanted += int(possible.sum())
+                if wanted > _MAX_LEAVES:
+                    raise BudgetError(_too_many(f"{wanted:,} blocks", depth, length, config))
+            children.append(_expand(_take(frontier, chunk), here, logits, scored, possible))
             if record:
                 alternatives.extend(_best_tokens(logits, record))
         level = _concatenate(children)
@@ -148,25 +163,36 @@ def search_exact(
         found.append(_take(level, ended))
         frontier = _take(level, ~ended)
         rows, parents = frontier.token_ids[:, -1], frontier.nodes[:, -1]
-        forwarded += rows.shape[0]
-        if forwarded > config.node_budget:
-            raise BudgetError(
-                f"Exact joint decoding needs {rows.shape[0]:,} nodes at depth {depth} of {length},"
-                f" {forwarded:,} in all, but node_budget is {config.node_budget:,}. Lower"
-                f" num_draft_tokens (γ, now {length}) or top_k (now {config.top_k or 'off'}),"
-                " or raise node_budget."
-            )
         if rows.shape[0] == 0:
             break
     joint = torch.cat([_joint(leaves) for leaves in found])
     return Blocks(found, joint, alternatives)
 
 
-def _expand(frontier: Leaves, nodes: Tensor, logits: Tensor, config: DecodeConfig) -> Leaves:
+def _too_many(what: str, depth: int, length: int, config: DecodeConfig) -> str:
+    """Which of γ and k to lower, and what else would help."""
+    if config.temperature == 0.0:
+        advice = (
+            "At temperature 0 nothing is filtered, so that every token of the vocabulary counts:"
+            f" lower num_draft_tokens (γ, now {length}), choose a temperature above 0, or"
+            ' search="beam".'
+        )
+    else:
+        advice = (
+            f"Lower num_draft_tokens (γ, now {length}) or top_k (now {config.top_k or 'off'}), or"
+            ' choose search="beam".'
+        )
+    return (
+        f"Exact joint decoding needs at least {what} at depth {depth} of {length}, but node_budget"
+        f" is {config.node_budget:,} nodes and there may be {_MAX_LEAVES:,} blocks. {advice}"
+    )
+
+
+def _expand(
+    frontier: Leaves, nodes: Tensor, logits: Tensor, scored: Warped, possible: Tensor
+) -> Leaves:
     """Every token of the warped support below every node of the frontier."""
-    scored = score(logits, config)
-    check_finite("target", scored.logprobs.amax(-1).tolist())  # NaN if any entry is
-    row, column = (scored.logprobs > -torch.inf).nonzero(as_tuple=True)
+    row, column = possible.nonzero(as_tuple=True)
     token = scored.token_ids[row, column]
     raw = logits.float().log_softmax(-1)[row, token]
     return Leaves(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from mtad.config import DecodeConfig
-from mtad.decoders.beams import draft_beams
+from mtad.decoders.beams import grow_beams
 from mtad.decoders.common import Proposal, State
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
@@ -58,7 +58,7 @@ def draft_block(state: State, length: int) -> Proposal:
     """The hypothesis with the largest joint q after γ steps of beam sampling on the draft."""
     if length == 0:
         return Proposal.nothing(state.target.device)
-    beams = draft_beams(
+    beams = grow_beams(
         state.draft_logits,
         state.draft_pending,
         length,
@@ -67,9 +67,10 @@ def draft_block(state: State, length: int) -> Proposal:
         state.is_eos,
     )[-1]
     best = beams.best()
-    block = Proposal.block(
-        beams.token_ids[best][0], beams.logprobs[best][0], cached_depth=length - 1
+    return Proposal.block(
+        beams.token_ids[best][0],
+        beams.logprobs[best][0],
+        cached_depth=length - 1,
+        real=beams.real[best][0],
+        draft_nodes=beams.nodes[best][0],
     )
-    block.draft_nodes = beams.nodes[best][0]
-    block.real = beams.real[best][0]
-    return block

@@ -1,7 +1,8 @@
 """Multi-candidate MTAD: every beam of every draft step, verified at once as a token tree.
 
-The rule is that of `mtad`, with the best final beam as the reference: a node passes if its
-joint log p exceeds the reference's joint log q at its depth by more than log τ.
+After the multi-candidate form of Qin et al. 2025, arXiv 2407.09722. The rule is that of `mtad`,
+with the best final beam as the reference: a node passes if its joint log p exceeds the
+reference's joint log q at its depth by more than log τ.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mtad.config import DecodeConfig
-from mtad.decoders.beams import draft_beams
+from mtad.decoders.beams import grow_beams
 from mtad.decoders.common import Proposal, State
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
@@ -64,7 +65,7 @@ def draft_tree(state: State, length: int) -> tuple[Proposal, Tensor, Tensor]:
     if length == 0:
         nothing = Proposal.nothing(state.target.device)
         return nothing, nothing.draft_logprobs, nothing.parents.view(0, 0)
-    history = draft_beams(
+    history = grow_beams(
         state.draft_logits,
         state.draft_pending,
         length,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mtad.config import DecodeConfig
 from mtad.decoders.beam import read_best
-from mtad.decoders.beams import draft_beams
+from mtad.decoders.beams import grow_beams
 from mtad.decoders.common import NUM_ALTERNATIVES, State
 from mtad.decoders.exact import search_exact
 from mtad.draft import Drafter
@@ -53,7 +53,7 @@ def decode(
 def _beam_step(state: State, length: int) -> tuple[Decision, Tensor]:
     """The most probable of W sampled blocks, and its nodes in the target's cache."""
     target = state.target
-    beams = draft_beams(
+    beams = grow_beams(
         lambda token_ids, parents: target.forward(token_ids, parents).logits,
         state.pending,
         length,
@@ -62,7 +62,7 @@ def _beam_step(state: State, length: int) -> tuple[Decision, Tensor]:
         state.is_eos,
         record=NUM_ALTERNATIVES,
     )[-1]
-    _, decision = read_best(beams, state, state.config)
+    _, decision = read_best(beams, state.config)
     # The pending token is node 0; the last token of the block was never forwarded.
     nodes = 1 + beams.nodes.index_select(0, beams.best())[0, : len(decision.emitted) - 1]
     return decision, torch.cat([nodes.new_zeros(1), nodes])

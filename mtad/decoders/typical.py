@@ -1,7 +1,7 @@
 """Typical acceptance: drafted as in speculative decoding, kept while typical for the target.
 
-Cai et al. 2024 (Medusa), arXiv 2401.10774. Not lossless: it trades the exact distribution for
-longer accepted prefixes.
+Cai et al. 2024 (Medusa), arXiv 2401.10774. Both p and its entropy are warped. Not lossless: it
+trades the exact distribution for longer accepted prefixes.
 """
 
 from __future__ import annotations

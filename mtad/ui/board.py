@@ -19,7 +19,7 @@ from typing import Any
 from mtad.catalogue import MethodInfo
 from mtad.config import DecodeConfig
 from mtad.trace import Step, Trace
-from mtad.ui.lanes import Lane
+from mtad.ui.lanes import Lane, no_perplexity
 from mtad.ui.steps import DASH, number
 
 BASELINES = ("speculative", "autoregressive")
@@ -173,7 +173,7 @@ def results_table(lanes: Sequence[Lane]) -> dict[str, Any] | None:
                 "nothing offered" if lane.info.uses_draft else "no draft",
             ],
             [f"{summary.target_passes:,}", ""],
-            [number(summary.perplexity), "no token was emitted"],
+            [number(summary.perplexity), no_perplexity(summary.tokens)],
             [
                 sign + number(per_token) if per_token is not None else DASH,
                 energy.reason or "not measured",

@@ -76,6 +76,8 @@ def check_request(prompt: str, method_ids: Sequence[str], **parameters: Any) -> 
     """
     if not isinstance(prompt, str) or not prompt.strip():
         raise PromptError("The prompt is empty. Type a question or choose one of the examples.")
+    if not isinstance(method_ids, (list, tuple)):
+        raise ConfigError(f"methods is {str(method_ids)[:60]!r}, but must be a list of method ids.")
     chosen = {method_info(method) for method in method_ids}
     if not MIN_METHODS <= len(chosen) <= MAX_METHODS:
         raise ConfigError(

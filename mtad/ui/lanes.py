@@ -32,7 +32,6 @@ _STOP_TEXTS = {
     "stop": "a stop string appeared",
     "cancelled": "stopped by you",
     "deadline": "reached the time limit",
-    "error": "ended by an error",
 }
 
 
@@ -100,7 +99,7 @@ class Lane:
             self.steps = steps
             self.epoch += 1
         early = trace.stop_reason in ("cancelled", "deadline")
-        self.state = "failed" if trace.stop_reason == "error" else "stopped" if early else "done"
+        self.state = "stopped" if early else "done"
         self._message = _STOP_TEXTS[trace.stop_reason]
 
     def fail(self, message: str) -> None:
@@ -223,7 +222,7 @@ class Lane:
                 "perplexity",
                 "perplexity",
                 number(summary.perplexity),
-                "" if summary.perplexity is not None else "no token was emitted",
+                "" if summary.perplexity is not None else no_perplexity(summary.tokens),
             ),
         ]
 
@@ -237,6 +236,11 @@ class Lane:
         first, last = self._recent[0], self._recent[-1]
         span = last[0] - first[0]
         return (last[1] - first[1]) / span if span > 0 else None
+
+
+def no_perplexity(tokens: int) -> str:
+    """Why a run has no perplexity."""
+    return "a token had probability 0" if tokens else "no token was emitted"
 
 
 def energy_meter(energy: EnergyReading, tokens: int) -> dict[str, str]:
