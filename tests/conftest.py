@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,7 +16,15 @@ settings.register_profile(
     "mtad", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 settings.load_profile("mtad")
-torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny models run fastest on one thread; the real one takes what there is."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if "smollm2" in request.fixturenames else 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

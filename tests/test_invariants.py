@@ -11,7 +11,6 @@ import json
 import math
 import shutil
 import subprocess
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -45,15 +44,6 @@ BLOCK_METHODS = ("speculative", "mtad", "mtad_tree", "specinfer", "bild", "typic
 every_form = pytest.mark.parametrize(
     ("method", "form"), FORMS, ids=["-".join([m, *map(str, f.values())]) for m, f in FORMS]
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine two threads spend 15 times the CPU on waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache

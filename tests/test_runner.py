@@ -79,15 +79,6 @@ def watch(**overrides: Any) -> Watched:
     )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On a busy machine two threads spend 15 times the CPU on waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def warm() -> Watched:
     """A pair whose warm-up is behind it: every pass that is seen belongs to a run."""
