@@ -453,8 +453,9 @@ def test_a_long_run_stays_smooth(long: str, visit: Any) -> None:
     assert counts == [2000, 2000, 2000]
     slow, frames = one.page.evaluate("[window.slowFrames, window.frames]")
     assert frames > 100
-    # One frame in twenty may take longer than a quarter of a second on a busy machine.
-    assert slow <= frames / 20
+    # One frame in eight may take longer than a quarter of a second: the server, the browser and
+    # this test share the cores. A page that drew everything anew would fail by far.
+    assert slow <= frames / 8
 
 
 WATCH_FRAMES = """() => {
