@@ -147,11 +147,13 @@ def search_exact(
             if depth < length:
                 forwarded += int((possible & ~is_eos(scored.token_ids)).sum())
                 if forwarded > config.node_budget:
-                    raise BudgetError(_too_many(f"{forwarded:,} nodes", depth, length, config))
+                    limit = f"node_budget is {config.node_budget:,}"
+                    raise BudgetError(_too_many(forwarded, "nodes", limit, depth, length, config))
             else:
                 wanted += int(possible.sum())
                 if wanted > _MAX_LEAVES:
-                    raise BudgetError(_too_many(f"{wanted:,} blocks", depth, length, config))
+                    limit = f"at most {_MAX_LEAVES:,} are held"
+                    raise BudgetError(_too_many(wanted, "blocks", limit, depth, length, config))
             children.append(_expand(_take(frontier, chunk), here, logits, scored, possible))
             if record:
                 alternatives.extend(_best_tokens(logits, record))
@@ -169,7 +171,9 @@ def search_exact(
     return Blocks(found, joint, alternatives)
 
 
-def _too_many(what: str, depth: int, length: int, config: DecodeConfig) -> str:
+def _too_many(
+    count: int, what: str, limit: str, depth: int, length: int, config: DecodeConfig
+) -> str:
     """Which of γ and k to lower, and what else would help."""
     if config.temperature == 0.0:
         advice = (
@@ -183,8 +187,8 @@ def _too_many(what: str, depth: int, length: int, config: DecodeConfig) -> str:
             ' choose search="beam".'
         )
     return (
-        f"Exact joint decoding needs at least {what} at depth {depth} of {length}, but node_budget"
-        f" is {config.node_budget:,} nodes and there may be {_MAX_LEAVES:,} blocks. {advice}"
+        f"Exact joint decoding needs at least {count:,} {what} at depth {depth} of {length}, but"
+        f" {limit}. {advice}"
     )
 
 
