@@ -90,7 +90,8 @@ class DraftTree:
         target_logprobs: log p(token | path to its parent), of the warped target (nats).
         scores: what the rule compared, where it cannot be derived from the two columns above:
             the ratio p/q of the test (`speculative`, `specinfer`; at temperature 0 the latter
-            has 1 for the target's argmax, else 0), p (`typical`), log p (`bild`). None for a node that was not tested. Empty for the joint methods.
+            has 1 for the target's argmax and 0 otherwise), p (`typical`), log p (`bild`). None
+            for a node that was not tested. Empty for the joint methods.
         thresholds: what the score was compared with: the uniform draw, min(ε, δ·exp(−H)), or
             −rollback_threshold. Accepted while score > threshold (`bild`: ≥).
     """
