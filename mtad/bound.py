@@ -85,8 +85,9 @@ def measure(pair: ModelPair, trace: Trace, index: int) -> Bound:
         raise ConfigError(f"Step {index} accepted no draft token, so there is nothing to bound.")
     before = [token for step in trace.steps[:index] for token in step.decision.emitted]
     context = [*trace.prompt_ids, *before]
-    eos = () if trace.config.ignore_eos else pair.eos_token_ids
     target = CachedLM(pair.target, pair.vocab_size)
+    eos_ids = () if trace.config.ignore_eos else pair.eos_token_ids
+    eos = torch.tensor(eos_ids, dtype=torch.int64, device=target.device)
     prefix = torch.tensor(context, dtype=torch.int64, device=target.device)
     target.prefill(prefix[:-1])
     blocks = search_exact(
@@ -94,7 +95,7 @@ def measure(pair: ModelPair, trace: Trace, index: int) -> Bound:
         prefix[-1:],
         length,
         trace.config,
-        lambda tokens: torch.isin(tokens, torch.tensor(eos, device=tokens.device)),
+        lambda tokens: torch.isin(tokens, eos),
     )
     best = blocks.block(int(blocks.joint.argmax()))
     return certify(

@@ -28,6 +28,7 @@ from mtad.draft import Drafter, RecordedDrafter
 from mtad.energy import Meter, none_meter, probe
 from mtad.errors import Cancelled, ConfigError, DeadlineExceeded, PairError, PromptError
 from mtad.lm import CachedLM, Clock, CudaClock, Recorder, WallClock
+from mtad.loading import dtype_name
 from mtad.metrics import summarize
 from mtad.pairs import ModelPair, as_drafter
 from mtad.recording import Scribe, Timing, synchronize
@@ -272,7 +273,7 @@ class _Run:
             target=pair.target_info,
             draft=pair.draft_info if self.info.uses_draft else None,
             device=str(device),
-            dtype=str(pair.dtype).removeprefix("torch."),
+            dtype=dtype_name(pair.dtype),
             engine=pair.engine,
             versions=_versions(device),
             prompt="" if tokenizer is None else str(tokenizer.decode(self.prompt_ids)),

@@ -92,11 +92,6 @@ class Board:
             self._status = status
             self._over = True
 
-    def counts(self) -> dict[str, tuple[int, int]]:
-        """By method: epoch and number of steps, the position up to which a message goes."""
-        with self._lock:
-            return {name: (lane.epoch, len(lane.steps)) for name, lane in self.lanes.items()}
-
     def message(self, have: Mapping[str, tuple[int, int]] | None = None) -> dict[str, Any]:
         """What a reader needs who has `have` (epoch and steps by method; None: nothing)."""
         have = have or {}
