@@ -1,4 +1,4 @@
-"""The command line: python -m mtad methods | pairs | fetch | generate | compare | replay.
+"""The command line: python -m mtad COMMAND; `--help` lists the commands.
 
 Exit codes: 0 done, 1 an error or a failed run, 2 a command line that makes no sense, 130 stopped
 by Ctrl-C. The answer of a model goes to stdout, everything about it to stderr. `methods`,
@@ -20,7 +20,9 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from mtad.catalogue import methods as catalogue
+from mtad.cli_acceptance import acceptance
 from mtad.cli_compare import compare
+from mtad.cli_distill import distill
 from mtad.cli_generate import generate
 from mtad.cli_io import UsageError, read_trace, stop_on_interrupt
 from mtad.cli_progress import loading
@@ -186,6 +188,8 @@ def _replay(trace: Trace, speed: float | None) -> None:
 
 app.command()(generate)
 app.command()(compare)
+app.command()(distill)
+app.command()(acceptance)
 
 
 def main() -> None:

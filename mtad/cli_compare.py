@@ -27,7 +27,6 @@ from mtad.cli_generate import (
     DeviceOption,
     DtypeOption,
     PairOption,
-    as_prompt,
     check_method,
     load,
 )
@@ -84,7 +83,9 @@ def compare(
     ] = "autoregressive,speculative,mtad",
     prompts: Annotated[
         Path | None,
-        typer.Option(help='Prompt set: .jsonl with "prompt", "id", "kind", or a prompt a line.'),
+        typer.Option(
+            help='Prompt set: .jsonl with "prompt" or "messages", "id", "kind", or a line each.'
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(help="Runs of each method and prompt. 1 to 1000.")] = 1,
     pair: PairOption = "smollm2",
@@ -106,6 +107,7 @@ def compare(
     if (prompt is None) == (prompts is None):
         raise UsageError("Give either one PROMPT or --prompts FILE.")
     asked = read_prompts(prompts) if prompts is not None else [Prompt("prompt", str(prompt))]
+    requests = {one.id: one.request(raw=raw) for one in asked}
     one_file = json_path is not None and json_path.suffix == ".jsonl"
     if json_path is not None:
         _prepare(json_path, one_file)
@@ -117,7 +119,7 @@ def compare(
     with stop_on_interrupt() as stop:
 
         def decode(method: str, prompt: Prompt, config: DecodeConfig) -> Trace:
-            given = as_prompt(prompt.text, raw=raw)
+            given = requests[prompt.id]
             trace: Trace = run(method, models, **given, config=config, cancel=stop)
             return trace
 

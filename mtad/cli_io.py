@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from mtad.errors import MtadError, PromptError, TraceError
 from mtad.trace import MAX_TRACE_BYTES, Trace
@@ -26,17 +27,34 @@ class UsageError(MtadError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt of a comparison.
+    """One prompt of a prompt set.
 
     Attributes:
         id: names it in files and messages.
-        text: what is asked.
+        text: what is asked; of a conversation the last turn.
         kind: what sort of task it is, "" if unknown.
+        messages: (role, content) of every turn of a conversation; empty for a single prompt.
     """
 
     id: str
     text: str
     kind: str = ""
+    messages: tuple[tuple[str, str], ...] = ()
+
+    def request(self, *, raw: bool = False) -> dict[str, Any]:
+        """The keyword argument by which the runner takes it.
+
+        Raises:
+            UsageError: it is a conversation, and `raw` asks for no chat template.
+        """
+        if not self.messages:
+            return {"raw_prompt" if raw else "prompt": self.text}
+        if raw:
+            raise UsageError(
+                f"Prompt {self.id!r} is a conversation and needs a chat template, and --raw"
+                " applies none: drop one."
+            )
+        return {"messages": [{"role": role, "content": text} for role, text in self.messages]}
 
 
 def read_prompt(argument: str | None, file: Path | None) -> str:
@@ -89,6 +107,9 @@ def _decode(data: bytes, name: str) -> str:
 def read_prompts(file: Path) -> list[Prompt]:
     """A prompt set: JSON lines {"prompt": …, "id": …, "kind": …}, or else one prompt a line.
 
+    In place of "prompt", "messages" may hold a conversation: [{"role": …, "content": …}, …], the
+    last turn the user's.
+
     Raises:
         PromptError: the file cannot be read, a line of a .jsonl file is no such object, an id
             occurs twice, or there is no prompt in it.
@@ -117,11 +138,30 @@ def _parse_line(file: Path, count: int, line: str) -> Prompt:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise PromptError(f"{file}, line {count} is no JSON: {error}.") from None
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise PromptError(f'{file}, line {count} is no JSON object with a text "prompt".')
-    return Prompt(
-        str(entry.get("id", f"line-{count}")), entry["prompt"], str(entry.get("kind", ""))
+    if not isinstance(entry, dict) or ("prompt" in entry) == ("messages" in entry):
+        raise PromptError(
+            f'{file}, line {count} is no JSON object with either a "prompt" or "messages".'
+        )
+    turns = _turns(file, count, entry["messages"]) if "messages" in entry else ()
+    text = turns[-1][1] if turns else entry["prompt"]
+    if not isinstance(text, str):
+        raise PromptError(f'{file}, line {count}: "prompt" is no text.')
+    return Prompt(str(entry.get("id", f"line-{count}")), text, str(entry.get("kind", "")), turns)
+
+
+def _turns(file: Path, count: int, given: Any) -> tuple[tuple[str, str], ...]:
+    good = isinstance(given, list) and all(
+        isinstance(turn, dict)
+        and turn.get("role") in ("system", "user", "assistant")
+        and isinstance(turn.get("content"), str)
+        for turn in given
     )
+    if not good or not given or given[-1]["role"] != "user":
+        raise PromptError(
+            f'{file}, line {count}: "messages" must be a list of turns with a "role" (system,'
+            ' user or assistant) and a text "content", the last one the user\'s.'
+        )
+    return tuple((turn["role"], turn["content"]) for turn in given)
 
 
 def read_trace(file: str) -> Trace:

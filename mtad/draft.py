@@ -1,7 +1,8 @@
 """The seam between proposing and verifying: what a decoder needs to know of a draft.
 
-A Hugging Face model is one implementation. A head on the target's hidden state, or a mixture
-with a copy distribution, fits the same three verbs: it returns log q as logits, unwarped.
+A Hugging Face model is one implementation, layers on the target's own hidden states another
+(`mtad.hidden_drafter`); a mixture with a copy distribution fits the same three verbs. All return
+log q as logits, unwarped.
 """
 
 from __future__ import annotations
@@ -24,15 +25,18 @@ class Drafter(Protocol):
 
     Attributes:
         vocab_size: V, columns of the logits.
+        target_layers: the F hidden states of the target that the draft reads, 0 the embedding;
+            empty if it reads none.
     """
 
     vocab_size: int
+    target_layers: tuple[int, ...]
 
     def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
         """Starts a new run with [n] tokens.
 
-        `target_hidden` are the target's last hidden states [n, H] at these tokens, for drafts
-        that read them; None otherwise.
+        `target_hidden` are the target's hidden states [n, F·H] at these tokens, for drafts that
+        read them; None otherwise, or if n is 0.
         """
 
     def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor:
@@ -42,8 +46,13 @@ class Drafter(Protocol):
         below the last node.
         """
 
-    def keep(self, path: Tensor | int) -> None:
-        """Commits a path of nodes (an int k: the first k) and drops all others."""
+    def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
+        """Commits a path of nodes (an int k: the first k) and drops all others.
+
+        `target_hidden` are the target's hidden states [m, F·H] at the next m tokens of the text,
+        going on where those given before ended. They may reach further than the path, to tokens
+        that the draft has yet to be given.
+        """
 
 
 class LMDrafter:
@@ -52,6 +61,7 @@ class LMDrafter:
     def __init__(self, lm: CachedLM) -> None:
         self.lm = lm
         self.vocab_size = lm.vocab_size
+        self.target_layers: tuple[int, ...] = ()
 
     def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
         """Empties the cache and commits [n] tokens; the hidden states are not read."""
@@ -62,8 +72,8 @@ class LMDrafter:
         """One forward pass over the new nodes."""
         return self.lm.forward(token_ids, parents).logits
 
-    def keep(self, path: Tensor | int) -> None:
-        """See `CachedLM.keep`."""
+    def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
+        """See `CachedLM.keep`; the hidden states are not read."""
         self.lm.keep(path)
 
 
@@ -79,6 +89,7 @@ class RecordedDrafter:
     ) -> None:
         self.drafter = drafter
         self.vocab_size = vocab_size
+        self.target_layers = drafter.target_layers
         self._recorder = recorder
         self._check = check
 
@@ -102,6 +113,6 @@ class RecordedDrafter:
             )
         return logits[:, : self.vocab_size]
 
-    def keep(self, path: Tensor | int) -> None:
+    def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         """Passed on."""
-        self.drafter.keep(path)
+        self.drafter.keep(path, target_hidden)

@@ -107,7 +107,13 @@ class Recorder:
 
 
 class Output(NamedTuple):
-    """Logits [n, V] of n new nodes and, if asked for, the last hidden states [n, H]."""
+    """What a pass gives for n new nodes.
+
+    Attributes:
+        logits: [n, V].
+        hidden: [n, F·H], the hidden states of the F layers that were asked for, one after the
+            other; None if none were.
+    """
 
     logits: Tensor
     hidden: Tensor | None
@@ -159,14 +165,32 @@ class CachedLM:
         accepted = inspect.signature(model.forward).parameters
         self._last_logit_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
-    def prefill(self, token_ids: Tensor) -> None:
-        """Commits [n] tokens without looking at their logits. Not counted as a pass."""
+    def prefill(self, token_ids: Tensor, layers: Sequence[int] = ()) -> Tensor | None:
+        """Commits [n] tokens without looking at their logits. Not counted as a pass.
+
+        Args:
+            token_ids: [n].
+            layers: see `forward`.
+
+        Returns:
+            [n, F·H] hidden states of the F layers asked for; None if none were, or n is 0.
+        """
+        hidden: list[Tensor] = []
         for start in range(0, token_ids.shape[0], PREFILL_CHUNK_TOKENS):
             chunk = token_ids[start : start + PREFILL_CHUNK_TOKENS]
             self._check()
             with self._recorder.span("prefill"):
-                self._call(chunk, None, self._positions(chunk.shape[0]), **self._last_logit_only)
+                output = self._call(
+                    chunk,
+                    None,
+                    self._positions(chunk.shape[0]),
+                    output_hidden_states=bool(layers),
+                    **self._last_logit_only,
+                )
+                if layers:
+                    hidden.append(self._states(output, layers))
             self.length += chunk.shape[0]
+        return torch.cat(hidden) if hidden else None
 
     def forward(
         self,
@@ -174,7 +198,7 @@ class CachedLM:
         parents: Tensor | None = None,  # [n]
         *,
         levels: int = 1,
-        hidden: bool = False,
+        layers: Sequence[int] = (),
     ) -> Output:
         """Adds n nodes and returns what follows each of them.
 
@@ -183,7 +207,8 @@ class CachedLM:
             parents: index of each node's parent among the undecided nodes, new ones included;
                 −1 for a child of the committed prefix. None for a chain below the last node.
             levels: upper bound on how many levels of the tree the new nodes span.
-            hidden: also return the last hidden states.
+            layers: whose hidden states to return as well: 0 is the embedding, i what layer i
+                gives, the last one after the final norm.
         """
         self._check()
         count = token_ids.shape[0]
@@ -192,9 +217,9 @@ class CachedLM:
         else:
             mask, positions = self._grow_tree(parents, count, levels)
         with self._recorder.span("verify"):
-            output = self._call(token_ids, mask, positions, output_hidden_states=hidden)
+            output = self._call(token_ids, mask, positions, output_hidden_states=bool(layers))
             logits = output.logits[0, :, : self.vocab_size].to(self.device)
-            states = output.hidden_states[-1][0] if hidden else None
+            states = self._states(output, layers) if layers else None
         self.nodes += count
         self.passes += 1
         self.positions += count
@@ -237,6 +262,9 @@ class CachedLM:
         self.length = length
         self.nodes = 0
         self._ancestors = None
+
+    def _states(self, output: Any, layers: Sequence[int]) -> Tensor:
+        return torch.cat([output.hidden_states[i][0].to(self.device) for i in layers], -1)
 
     def _positions(self, count: int) -> Tensor:
         start = self.length + self.nodes

@@ -6,9 +6,8 @@ Weights are read as safetensors where a repository has them; code from a reposit
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,33 +191,6 @@ def explained(what: str, device: torch.device, dtype: torch.dtype) -> Iterator[N
         else:
             message = f"{what} could not be loaded: {type(error).__name__}: {str(error)[:300]}"
         raise PairError(message) from error
-
-
-def layer_subset(target: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """A Llama model made of some of the target's own layers. It shares their memory.
-
-    Args:
-        target: a Llama model.
-        layers: which of its layers to keep, ascending.
-    """
-    config = copy.deepcopy(target.config)
-    config.num_hidden_layers = len(layers)
-    with torch.device("meta"):
-        draft = type(target)(config)
-    place = {layer: index for index, layer in enumerate(layers)}
-    state = {}
-    for name, tensor in target.state_dict().items():
-        parts = name.split(".")
-        if parts[:2] == ["model", "layers"]:
-            if int(parts[2]) not in place:
-                continue
-            parts[2] = str(place[int(parts[2])])
-        state[".".join(parts)] = tensor
-    draft.load_state_dict(state, assign=True)
-    draft.tie_weights()
-    # Its frequencies are in no state dict, so that the copy would stay without memory.
-    draft.model.rotary_emb = target.model.rotary_emb
-    return draft.requires_grad_(False).eval()
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -15,11 +15,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mtad import inspection, loading
+from mtad.copy_drafter import CopyDrafter
 from mtad.draft import Drafter, LMDrafter
+from mtad.draft_files import check_draft, load_draft
 from mtad.errors import ConfigError, PairError
 from mtad.fetch import SMOLLM2, fetch, quiet
+from mtad.hidden_draft import HiddenDraft
+from mtad.hidden_drafter import Ends, HiddenDrafter
 from mtad.lm import CachedLM
 from mtad.presets import DTYPE_BYTES, Preset, find_preset, presets
+from mtad.shipped import ASSETS
 from mtad.trace import ModelInfo
 from mtad.wheel import Progress
 
@@ -36,13 +41,8 @@ __all__ = [
 # Engines that a pair can be run on; None means the first.
 ENGINES = ("eager",)
 
-# The target's layers of which the embedded pair's stand-in draft is made. Removed one after the
-# other, each time the one whose loss costs the least overlap of draft and target; see docs/log.md.
-STAND_IN_LAYERS = (*range(0, 3), *range(4, 14), *range(19, 30))
-_STAND_IN_NOTE = (
-    f"Untrained stand-in: {len(STAND_IN_LAYERS)} of the target's 30 layers. It shows the methods,"
-    " but costs nearly as much as the target, so that no method is faster with it."
-)
+# The embedded pair's draft, made by `python -m mtad distill`; see its card beside it.
+SMOLLM2_DRAFT = ASSETS / "smollm2-draft"
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +53,8 @@ class ModelPair:
 
     Attributes:
         target: a Hugging Face causal model.
-        draft: another of the same vocabulary; or a `Drafter`; or None, for methods that run on
-            the target alone.
+        draft: another of the same vocabulary; or a `HiddenDraft` that was made for this target;
+            or any `Drafter`; or None, for methods that run on the target alone.
         tokenizer: the target's; None for pairs that are run with `prompt_ids` only.
         name: of the pair.
         engine: how the models are run; one of `ENGINES`.
@@ -73,7 +73,7 @@ class ModelPair:
     """
 
     target: PreTrainedModel
-    draft: PreTrainedModel | Drafter | None = None
+    draft: PreTrainedModel | HiddenDraft | Drafter | None = None
     tokenizer: PreTrainedTokenizerBase | None = None
     name: str = "custom"
     engine: str = "eager"
@@ -93,16 +93,16 @@ class ModelPair:
         if isinstance(self.draft, PreTrainedModel):
             inspection.check_model("draft", self.draft)
             self.draft.eval()
-            here, there = self.device, inspection.device_of(self.draft)
-            if here != there:
-                raise PairError(
-                    f"The target is on {here}, the draft on {there}. Move both to one device."
-                )
+            self._check_device(inspection.device_of(self.draft))
+        elif isinstance(self.draft, HiddenDraft):
+            check_draft(self.draft, self.target)
+            self.draft.eval()
+            self._check_device(self.draft.norm.device)
         elif self.draft is not None and not isinstance(self.draft, Drafter):
             raise PairError(
                 f"The draft is a {type(self.draft).__name__}, but must be a Hugging Face causal"
-                " language model, an object with prefill, next_logits, keep and vocab_size, or"
-                " None."
+                " language model, a HiddenDraft, an object with prefill, next_logits, keep,"
+                " vocab_size and target_layers, or None."
             )
         if self.draft is not None:
             inspection.check_vocabularies(
@@ -127,8 +127,9 @@ class ModelPair:
         lengths = [inspection.context_length(self.target)]
         if isinstance(self.draft, PreTrainedModel):
             lengths.append(inspection.context_length(self.draft))
-        elif isinstance(getattr(self.draft, "context_length", None), int):
-            lengths.append(self.draft.context_length)  # type: ignore[union-attr]
+        own = getattr(self.draft, "context_length", None)
+        if isinstance(own, int):
+            lengths.append(own)
         return min(lengths)
 
     @functools.cached_property
@@ -163,15 +164,43 @@ class ModelPair:
             return inspection.model_info(
                 self.draft, self.draft_name, self.draft_revision, self.draft_note
             )
+        if isinstance(self.draft, HiddenDraft):
+            return self._hidden_draft_info(self.draft)
         own = getattr(self.draft, "info", None)
         if isinstance(own, ModelInfo):
             return own
         name = self.draft_name or type(self.draft).__name__
         return ModelInfo(name=name, revision=self.draft_revision, note=self.draft_note)
 
+    @functools.cached_property
+    def draft_ends(self) -> Ends:
+        """The target's embedding and the rows of its head that a `HiddenDraft` needs."""
+        assert isinstance(self.draft, HiddenDraft)
+        return Ends.of(self.target, self.draft.token_ids)
+
+    def _hidden_draft_info(self, draft: HiddenDraft) -> ModelInfo:
+        """Its own layers, and in the bytes of a pass the rows of the target's head as well."""
+        own = list(draft.parameters())
+        head = self.draft_ends.head
+        return ModelInfo(
+            name=self.draft_name or f"hidden-state draft of {self.target_info.name}",
+            revision=self.draft_revision,
+            parameters=sum(weight.numel() for weight in own),
+            weight_bytes=sum(w.numel() * w.element_size() for w in (*own, head)),
+            note=self.draft_note,
+        )
+
+    def _check_device(self, there: torch.device) -> None:
+        if self.device != there:
+            raise PairError(
+                f"The target is on {self.device}, the draft on {there}. Move both to one device."
+            )
+
     def _draft_vocab_size(self) -> int:
         if isinstance(self.draft, PreTrainedModel):
             return inspection.vocab_size(self.draft)
+        if isinstance(self.draft, HiddenDraft):
+            return inspection.vocab_size(self.target)
         assert self.draft is not None
         return int(self.draft.vocab_size)
 
@@ -186,6 +215,10 @@ def as_drafter(pair: ModelPair) -> Drafter:
         raise PairError("This pair has no draft model. Add one.")
     if isinstance(pair.draft, PreTrainedModel):
         return LMDrafter(CachedLM(pair.draft, pair.vocab_size))
+    if isinstance(pair.draft, HiddenDraft):
+        drafter = HiddenDrafter(pair.draft, pair.draft_ends, pair.vocab_size)
+        weights = pair.draft.config.copy_weights
+        return CopyDrafter(drafter, weights) if weights else drafter
     return pair.draft
 
 
@@ -268,7 +301,7 @@ def _load_embedded(
         progress("load", 0, SMOLLM2.folder_bytes)
     with quiet():
         target = loading.load_repository(folder, device, dtype, spread=False)
-    draft = loading.layer_subset(target.model, STAND_IN_LAYERS)
+    draft = load_draft(SMOLLM2_DRAFT, target.model, device, dtype)
     if progress is not None:
         progress("load", SMOLLM2.folder_bytes, SMOLLM2.folder_bytes)
     return ModelPair(
@@ -279,9 +312,8 @@ def _load_embedded(
         target_name=preset.target,
         target_revision=f"{SMOLLM2.requirement}, {SMOLLM2.payload_sha256[:12]}",
         target_note="Dequantised from the 4-bit Q4_1 file.",
-        draft_name=f"{preset.target}, {len(STAND_IN_LAYERS)} of 30 layers",
-        draft_note=_STAND_IN_NOTE,
-        notes=(f"The draft is an untrained stand-in, {_STAND_IN_NOTE.partition(': ')[2]}",),
+        draft_name="smollm2-draft",
+        draft_note="Reads the target's hidden states; made by mtad distill.",
     )
 
 

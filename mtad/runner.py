@@ -27,6 +27,7 @@ from mtad.decoders import load_decoder
 from mtad.draft import Drafter, RecordedDrafter
 from mtad.energy import Meter, none_meter, probe
 from mtad.errors import Cancelled, ConfigError, DeadlineExceeded, PairError, PromptError
+from mtad.hidden_draft import HiddenDraft
 from mtad.lm import CachedLM, Clock, CudaClock, Recorder, WallClock
 from mtad.loading import dtype_name
 from mtad.metrics import summarize
@@ -40,7 +41,7 @@ _LOCK_POLL_SECONDS = 0.05
 
 _locks: dict[str, threading.Lock] = {}
 _locks_guard = threading.Lock()
-_warmed: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+_warmed: weakref.WeakSet[ModelPair] = weakref.WeakSet()
 
 
 def device_lock(device: torch.device) -> threading.Lock:
@@ -328,15 +329,23 @@ def _meter_for(pair: ModelPair) -> Meter:
 
 def _warm_up(pair: ModelPair, check: Callable[[], None]) -> None:
     """The first passes of a model pay for allocations and kernels; no run should."""
-    for model in (pair.target, pair.draft):
-        if isinstance(model, PreTrainedModel) and model not in _warmed:
-            lm = CachedLM(model, pair.vocab_size, check=check)
-            tokens = torch.zeros(1, dtype=torch.int64, device=lm.device)
-            lm.prefill(tokens)
-            for rows in (1, 5):
-                lm.forward(tokens.expand(rows))
-            synchronize(pair.device)
-            _warmed.add(model)
+    if pair in _warmed:
+        return
+    lm = CachedLM(pair.target, pair.vocab_size, check=check)
+    # A drafter of the user's own is left alone: what it does at its first call is its business.
+    known = isinstance(pair.draft, (PreTrainedModel, HiddenDraft))
+    draft = as_drafter(pair) if known else None
+    token = torch.zeros(1, dtype=torch.int64, device=lm.device)
+    hidden = lm.prefill(token, draft.target_layers if draft else ())
+    for rows in (1, 5):
+        lm.forward(token.expand(rows))
+    if draft is not None:
+        check()
+        draft.prefill(token, hidden)
+        draft.next_logits(token)
+        draft.next_logits(token.expand(4), token.expand(4))
+    synchronize(pair.device)
+    _warmed.add(pair)
 
 
 def _versions(device: torch.device) -> dict[str, str]:

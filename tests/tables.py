@@ -23,6 +23,7 @@ class TableLM:
         self.device = torch.device("cpu")
         self.passes = 0
         self.positions = 0
+        self.target_layers: tuple[int, ...] = ()
         self._seed = seed
         self._sharpness = sharpness
         self._prefix: tuple[int, ...] = ()
@@ -46,9 +47,9 @@ class TableLM:
             self._rows[key] = row
         return self._rows[key]
 
-    def prefill(self, token_ids: Tensor, target_hidden: Tensor | None = None) -> None:
-        if target_hidden is None:
-            self._prefix, self._nodes = tuple(token_ids.tolist()), []
+    def prefill(self, token_ids: Tensor, target_hidden: object = None) -> None:
+        """The second argument is a target's layers or a draft's hidden states: neither is read."""
+        self._prefix, self._nodes = tuple(token_ids.tolist()), []
 
     def forward(
         self,
@@ -56,9 +57,9 @@ class TableLM:
         parents: Tensor | None = None,
         *,
         levels: int = 1,
-        hidden: bool = False,
+        layers: Sequence[int] = (),
     ) -> Output:
-        assert levels >= 1 and not hidden
+        assert levels >= 1 and not layers
         self.passes += 1
         self.positions += token_ids.shape[0]
         first = len(self._nodes)
@@ -75,7 +76,7 @@ class TableLM:
     def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor:
         return self.forward(token_ids, parents).logits
 
-    def keep(self, path: Tensor | int) -> None:
+    def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         kept = list(range(path)) if isinstance(path, int) else path.tolist()
         for node in kept:
             context = self._nodes[node]

@@ -18,19 +18,21 @@ PACKAGE = ROOT / "mtad"
 # From the bottom up: a module may import what stands on a line above its own, and its own
 # package. A new module has to be given its place here.
 LAYERS = (
-    {"errors", "version"},
+    {"errors", "shipped", "version"},
     {"config"},
     {"catalogue", "trace"},
     {"whatif", "metrics", "presets", "wheel", "text"},
     {"fetch", "energy", "inspection"},
     {"loading"},
-    {"sampling", "tree"},
-    {"verify"},
+    {"hidden_draft", "sampling", "tree"},
+    {"draft_files", "verify"},
     {"lm"},
-    {"draft"},
+    {"draft", "hidden_drafter"},
+    {"copy_drafter"},
     {"decoders", "recording"},
     {"pairs"},
     {"runner", "bound"},
+    {"acceptance"},
     {"bench", "distill"},
     {"terminal"},
     {"cli", "ui"},
@@ -231,3 +233,12 @@ def test_requirements_repeat_the_project_file(file: str, keys: tuple[str, ...]) 
         wanted = wanted[key]
     lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if line and not line.startswith("#")] == wanted
+
+
+def test_a_wheel_holds_every_package_and_the_assets() -> None:
+    tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+    folders = {file.parent.relative_to(ROOT) for file in PACKAGE.rglob("__init__.py")}
+    found = {".".join(folder.parts) for folder in folders} | {"mtad.assets"}
+    assert set(tools["setuptools"]["packages"]) == found
+    assert (ROOT / tools["setuptools"]["package-dir"]["mtad.assets"]).is_dir()

@@ -206,9 +206,11 @@ def test_passes_and_spans_are_counted() -> None:
 def test_hidden_states_come_on_request() -> None:
     lm = CachedLM(MODELS["llama"])
     lm.prefill(torch.tensor([1]))
-    output = lm.forward(torch.tensor([2, 3]), hidden=True)
-    assert output.hidden is not None and output.hidden.shape == (2, 16)
-    head = MODELS["llama"].get_output_embeddings()(output.hidden)
+    output = lm.forward(torch.tensor([2, 3]), layers=(0, -1))
+    assert output.hidden is not None and output.hidden.shape == (2, 32)
+    embedded, last = output.hidden.chunk(2, -1)
+    assert torch.equal(embedded, MODELS["llama"].get_input_embeddings()(torch.tensor([2, 3])))
+    head = MODELS["llama"].get_output_embeddings()(last)
     torch.testing.assert_close(head, output.logits, atol=1e-5, rtol=0)
 
 

@@ -346,6 +346,7 @@ class OddDrafter:
     """A drafter that answers whatever it was told to."""
 
     vocab_size = 24
+    target_layers = ()
 
     def __init__(self, logits: Any) -> None:
         self.logits = logits
@@ -356,7 +357,7 @@ class OddDrafter:
     def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Any:
         return self.logits(token_ids.shape[0])
 
-    def keep(self, path: Tensor | int) -> None:
+    def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         pass
 
 

@@ -18,8 +18,10 @@ from tokenizers import models as tokenizer_models
 from tokenizers.pre_tokenizers import Whitespace
 
 from mtad import inspection, loading, pairs
+from mtad.draft_files import FILE_NAME, load_draft
 from mtad.errors import ConfigError, PairError
-from mtad.pairs import STAND_IN_LAYERS, ModelPair, load_pair, load_preset
+from mtad.lm import CachedLM
+from mtad.pairs import ModelPair, as_drafter, load_pair, load_preset
 from mtad.presets import Preset, find_preset, presets
 from mtad.trace import ModelInfo
 from tests.models import FAMILIES, tiny
@@ -42,6 +44,7 @@ class ArrayDrafter:
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
+        self.target_layers: tuple[int, ...] = ()
 
     def prefill(self, token_ids: torch.Tensor, target_hidden: torch.Tensor | None) -> None:
         pass
@@ -51,7 +54,7 @@ class ArrayDrafter:
     ) -> torch.Tensor:
         return torch.zeros(len(token_ids), self.vocab_size)
 
-    def keep(self, path: torch.Tensor | int) -> None:
+    def keep(self, path: torch.Tensor | int, target_hidden: torch.Tensor | None = None) -> None:
         pass
 
 
@@ -446,26 +449,6 @@ def test_gated_absent_and_unreachable_repositories(tmp_path: Path) -> None:
 # A draft made of the target's own layers.
 
 
-def test_layer_subset_shares_memory_and_skips_layers() -> None:
-    target = tiny(num_hidden_layers=4, tie_word_embeddings=True)
-    whole = loading.layer_subset(target, range(4))
-    part = loading.layer_subset(target, (0, 3))
-    ids = torch.tensor([[1, 5, 9, 30]])
-    with torch.no_grad():
-        assert torch.equal(whole(ids).logits, target(ids).logits)
-        # By hand: the same two layers between the same embedding, norm and head.
-        states = target.model.embed_tokens(ids)
-        places = torch.arange(4)[None]
-        turned = target.model.rotary_emb(states, places)
-        for layer in (target.model.layers[0], target.model.layers[3]):
-            states = layer(states, position_embeddings=turned, position_ids=places)
-        expected = target.lm_head(target.model.norm(states))
-        torch.testing.assert_close(part(ids).logits, expected)
-    assert part.num_parameters() < target.num_parameters()
-    memory = {p.data_ptr() for p in target.parameters()}
-    assert {p.data_ptr() for p in part.parameters()} < memory
-
-
 # The embedded pair.
 
 
@@ -475,8 +458,8 @@ def test_real_pair_says_what_it_is(smollm2: ModelPair) -> None:
     assert smollm2.target_info.name == "SmolLM2-135M-Instruct"
     assert smollm2.target_info.parameters == find_preset("smollm2").target_parameters
     assert "b179c9523d0e" in smollm2.target_info.revision
-    assert smollm2.draft_info is not None and "stand-in" in smollm2.draft_info.note
-    assert "Untrained" in smollm2.draft_info.note and "stand-in" in smollm2.notes[0]
+    assert smollm2.draft_info is not None and smollm2.draft_info.name == "smollm2-draft"
+    assert smollm2.draft_info.weight_bytes < 0.12 * smollm2.target_info.weight_bytes
 
 
 def test_real_tokenizer_has_template_and_end_and_plain_special_text(smollm2: ModelPair) -> None:
@@ -501,22 +484,34 @@ def test_real_target_knows_something(smollm2: ModelPair) -> None:
     assert tokenizer.decode(logits.argmax()) == " Paris"
 
 
-def test_stand_in_draft_overlaps_with_the_target(smollm2: ModelPair) -> None:
+@torch.no_grad()
+def test_real_draft_overlaps_with_the_target(smollm2: ModelPair) -> None:
     tokenizer = smollm2.tokenizer
     assert tokenizer is not None
-    draft = loading.layer_subset(smollm2.target, STAND_IN_LAYERS)
     text = (
         "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\nThe sky is"
         " blue because the molecules of the air scatter blue light from the sun more than they"
         " scatter red light."
     )
-    ids = tokenizer(text, return_tensors="pt").input_ids.to(smollm2.device)
-    with torch.no_grad():
-        p = smollm2.target(ids).logits[0].float().softmax(-1)
-        q = draft(ids).logits[0].float().softmax(-1)
-    overlap = torch.minimum(p, q).sum(-1).mean().item()
-    # 0.55 was measured on longer answers; a wrong layer or rotary table gives less than 0.1.
-    assert 0.35 < overlap < 0.95
+    ids = tokenizer(text, return_tensors="pt").input_ids[0].to(smollm2.device)
+    draft = as_drafter(smollm2)
+    hidden = CachedLM(smollm2.target).prefill(ids, draft.target_layers)
+    assert hidden is not None
+    draft.prefill(ids[:1], hidden[:1])
+    draft.keep(0, hidden[1:-1])  # every token is read with the target's state before it
+    p = smollm2.target(ids[None]).logits[0, 1:].float().softmax(-1)
+    q = draft.next_logits(ids[1:]).float().softmax(-1)
+    overlap = torch.minimum(p, q).sum(-1)[10:].mean().item()
+    # A wrong layer, position or scale gives less than 0.1.
+    assert 0.3 < overlap < 0.95
+
+
+def test_real_draft_is_small_and_loads_fast(smollm2: ModelPair) -> None:
+    file = pairs.SMOLLM2_DRAFT / FILE_NAME
+    assert file.stat().st_size < 10_000_000
+    start = time.perf_counter()
+    load_draft(pairs.SMOLLM2_DRAFT, smollm2.target, smollm2.device, smollm2.dtype)
+    assert time.perf_counter() - start < 1
 
 
 def test_real_pair_loads_fast(smollm2: ModelPair) -> None:

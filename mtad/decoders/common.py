@@ -95,6 +95,8 @@ class State:
         ended: True after an end-of-sequence.
         draft_length: γ of the next iteration, before it is cut to what remains.
         draft_passes: of the present iteration.
+        hidden: [1 + N, F·H] what the draft wants to know of the last verification pass; None if
+            it reads no hidden states.
     """
 
     target: CachedLM
@@ -109,6 +111,7 @@ class State:
     ended: bool = False
     draft_length: int = 4
     draft_passes: int = 0
+    hidden: Tensor | None = None
 
     @staticmethod
     def begin(
@@ -122,9 +125,9 @@ class State:
         """Prefills both caches with all of the prompt but its last token, which is pending."""
         eos_ids = frozenset(() if config.ignore_eos else eos_token_ids)
         prompt = torch.tensor(prompt_ids, dtype=torch.int64, device=target.device)
-        target.prefill(prompt[:-1])
+        hidden = target.prefill(prompt[:-1], draft.target_layers if draft is not None else ())
         if draft is not None:
-            draft.prefill(prompt[:-1], None)
+            draft.prefill(prompt[:-1], hidden)
         length = config.num_draft_tokens
         return State(
             target=target,
@@ -164,10 +167,13 @@ class State:
         Row 0 follows the pending token, row 1 + i follows node i.
         """
         token_ids = torch.cat([self.pending, proposal.token_ids])
-        if proposal.chain:
-            return self.target.forward(token_ids).logits
-        parents = torch.cat([proposal.parents.new_full((1,), -1), proposal.parents + 1])
-        return self.target.forward(token_ids, parents, levels=proposal.levels + 1).logits
+        parents = None
+        if not proposal.chain:
+            parents = torch.cat([proposal.parents.new_full((1,), -1), proposal.parents + 1])
+        layers = self.draft.target_layers if self.draft is not None else ()
+        output = self.target.forward(token_ids, parents, levels=proposal.levels + 1, layers=layers)
+        self.hidden = output.hidden
+        return output.logits
 
     def conclude(
         self,
@@ -257,27 +263,27 @@ class State:
     ) -> None:
         """Commits the accepted path in both caches and sets what is pending in each."""
         accepted_path = path[:accepted]
-        if proposal.chain:
-            self.target.keep(1 + accepted)
-        else:
-            self.target.keep(torch.cat([path.new_zeros(1), accepted_path + 1]))
+        rows = torch.cat([path.new_zeros(1), accepted_path + 1])
+        self.target.keep(1 + accepted if proposal.chain else rows)
         accepted_tokens = proposal.token_ids[accepted_path]
         self.pending = final_token.view(1)
         if self.draft is None:
             return
+        hidden = None if self.hidden is None else self.hidden.index_select(0, rows)
         if proposal.cached_depth < 0:
+            self.draft.keep(0, hidden)
             self.draft_pending = torch.cat([self.draft_pending, self.pending])
             return
         waiting = self.draft_pending.shape[0]
         cached = min(accepted, proposal.cached_depth)
         if proposal.chain and proposal.draft_nodes is None:
-            self.draft.keep(waiting + cached)
+            self.draft.keep(waiting + cached, hidden)
         else:
             nodes = accepted_path[:cached]
             if proposal.draft_nodes is not None:
                 nodes = proposal.draft_nodes[nodes]
             fed = torch.arange(waiting, device=path.device)
-            self.draft.keep(torch.cat([fed, waiting + nodes]))
+            self.draft.keep(torch.cat([fed, waiting + nodes]), hidden)
         # After a whole block the draft is one token short: it never read the last one.
         self.draft_pending = torch.cat([accepted_tokens[cached:], self.pending])
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from mtad.catalogue import methods
 from mtad.errors import MtadError
+from mtad.shipped import ASSETS
 from mtad.trace import Step, Trace
 from mtad.ui.board import encode, error_message
 from mtad.ui.comparison import Comparisons, PairSource, Stream, check_request, play
@@ -24,7 +24,6 @@ from mtad.ui.endpoint import compare_endpoint
 from mtad.ui.loading import PairLoader, header_view
 from mtad.ui.theme import theme
 
-ASSETS = Path(__file__).resolve().parents[2] / "assets"
 DEFAULT_METHODS = ["autoregressive", "speculative", "mtad"]
 EXAMPLES = [
     "Why is the sky blue?",

@@ -1,0 +1,154 @@
+"""What is written beside a finished draft: report.json, and a model card made of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from mtad.distill.checkpoint import Progress
+from mtad.distill.corpus import Corpus
+from mtad.distill.files import write_text
+from mtad.distill.recipe import Recipe
+from mtad.distill.targets import Target, hardware
+from mtad.draft_files import FILE_NAME
+from mtad.hidden_draft import HiddenDraft
+from mtad.presets import presets
+from mtad.version import __version__
+
+REPORT = "report.json"
+CARD = "README.md"
+
+
+def make_report(
+    target: Target,
+    corpus: Corpus,
+    recipe: Recipe,
+    draft: HiddenDraft,
+    progress: Progress,
+    saved: dict[str, list[float]],
+    start: str = "",
+) -> dict[str, Any]:
+    """Everything that the card says, as JSON.
+
+    Args:
+        target: of the draft.
+        corpus: that it learnt from.
+        recipe: by which.
+        draft: the finished one.
+        progress: the learning curve and the time.
+        saved: overlaps of the draft as it was saved, in 8 bits.
+        start: the draft that it began with; "" for none.
+    """
+    return {
+        "target": target.name,
+        "target_digest": target.digest,
+        "license": target.license,
+        "recipe": dataclasses.asdict(recipe),
+        "start": start,
+        "parameters": sum(parameter.numel() for parameter in draft.parameters()),
+        "corpus": {
+            "rows": corpus.num_rows,
+            "tokens": corpus.num_rows * corpus.row_tokens,
+            "shares": corpus.shares(),
+            "digest": corpus.digest,
+        },
+        "saved": saved,
+        "curve": progress.curve,
+        "training_seconds": progress.seconds,
+        "hardware": hardware(target.device),
+        "versions": {
+            "mtad": __version__,
+            "torch": str(torch.__version__),
+            "transformers": transformers.__version__,
+        },
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def write_report(folder: Path, report: dict[str, Any]) -> None:
+    """Writes report.json and README.md."""
+    write_text(folder / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    write_text(folder / CARD, card(report))
+
+
+def card(report: dict[str, Any]) -> str:
+    """The model card, in Markdown."""
+    recipe, corpus, last = report["recipe"], report["corpus"], report["curve"][-1]
+    draft, training, shares = recipe["draft"], recipe["training"], corpus["shares"]
+    target, versions = report["target"] or "this target", report["versions"]
+    license_name = report["license"]
+    layers = ", ".join(str(layer) for layer in draft["target_layers"])
+    terms = " + ".join(f"{value:g} × {name}" for name, value in training["losses"].items() if value)
+    start = f" It began with the weights of {report['start']}." if report["start"] else ""
+    preset = any(recipe["target"] == known.id for known in presets())
+    given = "" if preset else f" --target {target}"
+    sections = {
+        f"# A draft for {target}": (
+            f"It proposes tokens that {target} verifies, in speculative and in multi-token assisted"
+            f" decoding, and is of no use alone: {draft['num_layers']} layers of its own"
+            f" ({report['parameters'] / 1e6:.1f} M parameters, in 8 bits with a scale a row:"
+            f" {FILE_NAME}) read the target's hidden states {layers} and write into the target's"
+            f" own head, cut to the {draft['head_tokens']:,} tokens that are most frequent in"
+            " answers. Neither embedding nor head is stored."
+        ),
+        "## Data": (
+            f"Written by the target itself: {corpus['tokens'] / 1e6:.2f} million tokens in"
+            f" {corpus['rows']:,} rows ({shares['question']:.0%} questions, {shares['answer']:.0%}"
+            f" answers, {shares['forced']:.0%} pieces of the chat template). How they were sampled"
+            f" stands in the recipe. {training['held_out_rows']} rows were never trained on."
+        ),
+        "## Training": (
+            f"{last['tokens'] / 1e6:.2f} million tokens seen in {last['step']:,} steps of AdamW,"
+            f" {report['training_seconds'] / 3600:.2f} hours on {report['hardware']}. Loss:"
+            f" {terms} + {training['feature_weight']:g} × the distance to the target's next state,"
+            f" which falls to 0; {training['depths']} unrolled depths, each weighing"
+            f" {training['depth_decay']:g} of the one before.{start}"
+        ),
+        "## Overlap with the target": (
+            "Mean of Σ min(p, q) over the answers in the held-out rows, by depth of the draft:"
+            f" unwarped, and with top-k {training['warp_top_k']} and top-p"
+            f" {training['warp_top_p']:g} on both sides. {REPORT} holds the learning curve."
+        ),
+        _table(report): "",
+        "## How to remake it": (
+            f"Run python -m mtad distill recipe.json --work WORK --out OUT{given} with this recipe."
+            " The same hardware and versions give the same draft, others one very like it."
+        ),
+        f"```json\n{json.dumps(recipe, ensure_ascii=False)}\n```": (
+            f"Made on {report['date']} with mtad {versions['mtad']}, torch {versions['torch']} and"
+            f" transformers {versions['transformers']}. Licence:"
+            f" {license_name or 'see the target'}, as the target, which wrote the data."
+        ),
+    }
+    front = (
+        f"---\nlicense: {(license_name or 'other').lower()}\nbase_model: {target}\n"
+        "tags: [speculative-decoding, multi-token-assisted-decoding]\n---"
+    )
+    body = [f"{head}\n\n{_paragraph(text)}".rstrip() for head, text in sections.items()]
+    return "\n\n".join([front, *body]) + "\n"
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+
+
+def _table(report: dict[str, Any]) -> str:
+    """Overlaps by depth: before and after training, and as saved."""
+    saved = report["saved"]
+    depths = range(1, len(saved["alpha"]) + 1)
+    lines = [["", *(f"depth {depth}" for depth in depths)], ["---"] * (len(depths) + 1)]
+    for name, values in (
+        ("at the start" if report["start"] else "untrained", report["curve"][0]),
+        ("trained", report["curve"][-1]),
+        ("as saved, in 8 bits", saved),
+    ):
+        pairs = zip(values["alpha"], values["alpha_warped"], strict=True)
+        lines.append([name, *(f"{plain:.3f}, {warped:.3f}" for plain, warped in pairs)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

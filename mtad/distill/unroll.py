@@ -1,0 +1,173 @@
+"""The draft as it will be used, unrolled for all positions of a row at once.
+
+Index t of a row of L tokens stands for token t + 1, so there are T = L − 2 of them that have
+both a state below and a successor that was written. Depth 0 reads token t + 1 with the target's
+state of token t. Depth k reads it with the draft's own state of depth k − 1 at index t − 1: it is
+the k-th guess after the target was last seen, at token t − k. Such a line of guesses sees what
+drafting has in its cache: depth 0 up to where the line began, then the line's own states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mtad.config import DecodeConfig
+from mtad.distill.losses import overlap, warped_target, weighted
+from mtad.distill.recipe import Training
+from mtad.distill.writing import Origin, Shard
+from mtad.hidden_draft import HiddenDraft, Past
+from mtad.hidden_drafter import Ends
+from mtad.sampling import warp
+
+
+def mask(length: int, depth: int, device: torch.device) -> Tensor:
+    """[T, (depth + 1)·T] additive: what depth k sees of depths 0 to k, side by side."""
+    query = torch.arange(length, device=device).unsqueeze(1)
+    key = torch.arange(length, device=device)
+    seen = [key <= query - depth]
+    seen += [key == query - depth + below for below in range(1, depth + 1)]
+    # At depth 0 `seen` is the causal triangle; above it each row sees at least itself.
+    return torch.where(torch.cat(seen, 1), 0.0, -torch.inf)
+
+
+def unroll(draft: HiddenDraft, ends: Ends, batch: Shard, depths: int) -> Iterator[Tensor]:
+    """Yields the states [B, T, H] of one depth after another; at depth k the first k are void."""
+    length = batch.token_ids.shape[1] - 2
+    device = batch.token_ids.device
+    embedded = ends.embed(batch.token_ids[:, 1:-1]).float()
+    state = draft.read_target(batch.hidden[:, :-2].float())
+    positions = torch.arange(1, length + 1, device=device)
+    past: Past | None = None
+    for depth in range(depths):
+        seen = mask(length, depth, device).to(state.dtype)
+        state, past = draft(embedded, state, positions, seen, past)
+        yield state
+        state = torch.cat([state[:, :1], state[:, :-1]], 1)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the draft should say at N chosen indices of a batch.
+
+    Attributes:
+        index: [N] int64 into the flattened [B·T] indices.
+        weights: [N].
+        columns: [N, K] int64, the head's column of each of the target's tokens; −1 for none.
+        logprobs: [N, K], the target's log-probabilities of those tokens.
+        state: [N, H], the target's last hidden state.
+    """
+
+    index: Tensor
+    weights: Tensor
+    columns: Tensor
+    logprobs: Tensor
+    state: Tensor
+
+    @staticmethod
+    def of(batch: Shard, depth: int, weights: Tensor, columns: Tensor, size: int) -> Goal:
+        """All indices that count at a depth.
+
+        Args:
+            batch: on the device of the draft.
+            depth: the first indices of a row have no line of that many guesses.
+            weights: [3], of a next token by its origin.
+            columns: [V] int64, the head's column of each token; −1 for none.
+            size: H.
+        """
+        weight = weights[batch.origins[:, 2:].long()]
+        weight[:, :depth] = 0
+        weight = weight.flatten()
+        index = weight.nonzero().squeeze(1)
+
+        def pick(values: Tensor) -> Tensor:
+            return values[:, 1:-1].flatten(0, 1)[index]
+
+        return Goal(
+            index,
+            weight[index],
+            columns[pick(batch.top_ids).long()],
+            pick(batch.top_logprobs).float(),
+            pick(batch.hidden[..., -size:]).float(),
+        )
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The weighted mean of [N] values; 0 if nothing counts."""
+        return (values * self.weights).sum() / self.weights.sum().clamp(min=1e-6)
+
+    def in_columns(self, logprobs: Tensor) -> Tensor:
+        """[N, head] log-probabilities → [N, K] those of the target's tokens, −∞ for no column."""
+        picked = logprobs.gather(1, self.columns.clamp(min=0))
+        return picked.masked_fill(self.columns < 0, -torch.inf)
+
+
+def logits(ends: Ends, head_input: Tensor) -> Tensor:
+    """[N, H] → [N, head] in float32."""
+    head = ends.head
+    bias = None if ends.bias is None else ends.bias.to(head_input.dtype)
+    return F.linear(head_input, head.to(head_input.dtype), bias).float()
+
+
+def loss(
+    draft: HiddenDraft,
+    ends: Ends,
+    batch: Shard,
+    columns: Tensor,
+    training: Training,
+    feature_share: float,
+) -> Tensor:
+    """What training makes small: all depths, the distribution and the state.
+
+    Args:
+        draft: the draft.
+        ends: the target's.
+        batch: on the same device.
+        columns: [V], see `Goal.of`.
+        training: the weights.
+        feature_share: from 0 to 1, how much of `feature_weight` still counts.
+    """
+    by_origin = torch.tensor([0.0, training.question_weight, 1.0], device=columns.device)
+    size = draft.config.hidden_size
+    scale = batch.hidden[..., -size:].float().std()
+    total = torch.zeros((), device=columns.device)
+    depths = [training.depth_decay**depth for depth in range(training.depths)]
+    for depth, states in enumerate(unroll(draft, ends, batch, training.depths)):
+        goal = Goal.of(batch, depth, by_origin, columns, size)
+        head_input = draft.head_input(states.flatten(0, 1)[goal.index].float())
+        draft_logprobs = goal.in_columns(logits(ends, head_input).log_softmax(-1))
+        values = weighted(
+            training.losses, goal.logprobs, draft_logprobs, training.warp_top_k, training.warp_top_p
+        )
+        if training.feature_weight * feature_share:
+            distance = F.smooth_l1_loss(
+                head_input / scale, goal.state / scale, reduction="none"
+            ).mean(-1)
+            values = values + training.feature_weight * feature_share * distance
+        total = total + depths[depth] / sum(depths) * goal.mean(values)
+    return total
+
+
+@torch.no_grad()
+def overlaps(
+    draft: HiddenDraft, ends: Ends, batch: Shard, columns: Tensor, training: Training
+) -> Tensor:
+    """[depths, 3]: sums over the answers of α, of α after the warp, and their number.
+
+    The warp is the recipe's, applied to both sides.
+    """
+    answers = torch.zeros(len(Origin), device=columns.device)
+    answers[Origin.ANSWER] = 1
+    config = DecodeConfig(top_k=training.warp_top_k, top_p=training.warp_top_p)
+    rows = []
+    for depth, states in enumerate(unroll(draft, ends, batch, training.evaluate_depths)):
+        goal = Goal.of(batch, depth, answers, columns, draft.config.hidden_size)
+        said = logits(ends, draft.head_input(states.flatten(0, 1)[goal.index].float()))
+        plain = overlap(goal.logprobs, goal.in_columns(said.log_softmax(-1)))
+        narrow = warped_target(goal.logprobs, training.warp_top_k, training.warp_top_p)
+        warped = overlap(narrow, goal.in_columns(warp(said, config).dense()))
+        rows.append(torch.stack([plain.sum(), warped.sum(), goal.weights.sum()]))
+    return torch.stack(rows)

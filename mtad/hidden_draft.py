@@ -1,0 +1,175 @@
+"""A draft that reads the target's hidden states: a few layers between the target's own ends.
+
+The idea is EAGLE's (Li et al., arXiv 2401.15077 and 2503.01840). To say what follows token s,
+the draft reads the embedding of token s and what the target thought while it read token s − 1;
+below a token that the target has not read yet, its own last state stands in for the target's.
+Embedding and head are the target's and frozen, so that neither is stored; the head is cut to
+the most frequent tokens (q = 0 elsewhere), since a head over all of them would cost more than
+the layers.
+
+Pure shapes and arithmetic: files are in `mtad.draft_files`, the walk along a tree of tokens in
+`mtad.draft`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_EPS = 1e-5
+
+# Keys and values [B, key-value heads, tokens, size], a pair a layer.
+Past = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class HiddenDraftConfig:
+    """The shape of a draft.
+
+    Attributes:
+        hidden_size: H of the target, also the draft's width.
+        target_layers: which of the target's hidden states are read; 0 is the embedding.
+        num_layers: of the draft.
+        num_heads: query heads.
+        num_key_value_heads: key and value heads; divides `num_heads`.
+        mlp_size: width of the gated MLP.
+        rope_theta: base of the rotary positions.
+        copy_weights: see `mtad.copy_drafter`; empty for a draft that copies nothing.
+    """
+
+    hidden_size: int
+    target_layers: tuple[int, ...]
+    num_layers: int = 1
+    num_heads: int = 9
+    num_key_value_heads: int = 3
+    mlp_size: int = 1536
+    rope_theta: float = 10_000.0
+    copy_weights: tuple[float, ...] = ()
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """[..., H] scaled to a mean square of one, times [H]."""
+    return F.rms_norm(x, weight.shape, weight.to(x.dtype), NORM_EPS)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: [..., T, size] with cos and sin [T, size]."""
+    left, right = x.chunk(2, -1)
+    return x * cos + torch.cat([-right, left], -1) * sin
+
+
+class Layer(nn.Module):
+    """One pre-norm layer: grouped-query attention, then a gated MLP."""
+
+    def __init__(self, config: HiddenDraftConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.heads, self.kv_heads = config.num_heads, config.num_key_value_heads
+        self.size = width // config.num_heads
+        self.norm = nn.Parameter(torch.ones(width))
+        self.mlp_norm = nn.Parameter(torch.ones(width))
+        self.qkv = nn.Linear(width, (self.heads + 2 * self.kv_heads) * self.size, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.gate_up = nn.Linear(width, 2 * config.mlp_size, bias=False)
+        self.down = nn.Linear(config.mlp_size, width, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None,
+        past: tuple[Tensor, Tensor] | None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """[B, T, H] → the same, and the keys and values of `past` with T new ones appended."""
+        batch, length, width = x.shape
+        joined = self.qkv(rms_norm(x, self.norm)).view(batch, length, -1, self.size).transpose(1, 2)
+        query, key, value = joined.split([self.heads, self.kv_heads, self.kv_heads], 1)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if past is not None:
+            key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        gate, up = self.gate_up(rms_norm(x, self.mlp_norm)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up), (key, value)
+
+
+class HiddenDraft(nn.Module):
+    """The trainable part: what lies between the target's hidden states and its head.
+
+    Attributes:
+        config: the shape.
+        token_ids: [K] int64, ascending: the tokens that the draft can propose.
+    """
+
+    token_ids: Tensor
+
+    def __init__(self, config: HiddenDraftConfig, token_ids: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("token_ids", token_ids)
+        width, count = config.hidden_size, len(config.target_layers)
+        self.read_norm = nn.Parameter(torch.ones(count * width))
+        self.read = nn.Linear(count * width, width, bias=False)
+        self.token_norm = nn.Parameter(torch.ones(width))
+        self.state_norm = nn.Parameter(torch.ones(width))
+        self.join = nn.Linear(2 * width, width, bias=False)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.norm = nn.Parameter(torch.ones(width))
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                # What is added to the stream of a layer begins small.
+                added = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(weight, std=(0.5 if added else 1.0) * width**-0.5)
+
+    def read_target(self, hidden: Tensor) -> Tensor:
+        """The target's hidden states [..., F·H], joined into one state [..., H]."""
+        states = hidden.view(*hidden.shape[:-1], -1, self.config.hidden_size)
+        states = F.rms_norm(states, states.shape[-1:], eps=NORM_EPS)
+        joined: Tensor = self.read(states.view_as(hidden) * self.read_norm)
+        return joined
+
+    def forward(
+        self,
+        embedded: Tensor,  # [B, T, H]
+        state: Tensor,  # [B, T, H]
+        positions: Tensor,  # [T]
+        mask: Tensor | None,  # [T, past + T]
+        past: Past | None,
+    ) -> tuple[Tensor, Past]:
+        """One step of drafting for T tokens at once.
+
+        Args:
+            embedded: the target's embeddings of the tokens.
+            state: what is known of the token before each: the target's hidden states through
+                `read_target`, or the draft's own state.
+            positions: of the tokens in the text.
+            mask: additive; None if every token sees everything.
+            past: keys and values of earlier calls, a pair a layer.
+
+        Returns:
+            The new states [B, T, H], and `past` with T more keys and values.
+        """
+        x = self.join(
+            torch.cat([rms_norm(embedded, self.token_norm), rms_norm(state, self.state_norm)], -1)
+        )
+        cos, sin = self._rotary(positions, x.dtype)
+        grown: Past = []
+        for index, layer in enumerate(self.layers):
+            x, seen = layer(x, cos, sin, mask, past[index] if past else None)
+            grown.append(seen)
+        return x, grown
+
+    def head_input(self, state: Tensor) -> Tensor:
+        """[..., H]: what the rows of the target's head are multiplied with."""
+        return rms_norm(state, self.norm)
+
+    def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        size = self.config.hidden_size // self.config.num_heads
+        powers = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
+        angles = positions.float().unsqueeze(1) / self.config.rope_theta**powers
+        angles = torch.cat([angles, angles], -1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)

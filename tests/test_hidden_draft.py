@@ -1,0 +1,283 @@
+"""The draft on the target's hidden states: the walk along a tree, the file, and whole runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import mtad
+from mtad.draft_files import FILE_NAME, load_draft, save_draft
+from mtad.errors import PairError
+from mtad.hidden_draft import HiddenDraft, HiddenDraftConfig
+from mtad.hidden_drafter import Ends, HiddenDrafter
+from mtad.lm import CachedLM
+from mtad.pairs import ModelPair
+from tests.models import FAMILIES, tiny
+
+VOCABULARY = 40
+LAYERS = (0, 1, 2)
+CPU = torch.device("cpu")
+
+
+def make_draft(seed: int = 0, hidden_size: int = 16, **shape: Any) -> HiddenDraft:
+    """A random draft for a `tiny` target that proposes the even tokens only."""
+    values = {
+        "target_layers": LAYERS,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_key_value_heads": 2,
+        "mlp_size": 32,
+        **shape,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        draft = HiddenDraft(
+            HiddenDraftConfig(hidden_size, **values), torch.arange(0, VOCABULARY, 2)
+        )
+    return draft.eval().requires_grad_(False)
+
+
+class Reference:
+    """The same draft without caches or trees: reads a whole text anew, token by token."""
+
+    def __init__(self, target: Any, draft: HiddenDraft, begins_empty: bool) -> None:
+        self.target, self.draft = target, draft
+        self.first = 0 if begins_empty else 1
+
+    def hidden(self, text: list[int]) -> Tensor | None:
+        return CachedLM(self.target).prefill(torch.tensor(text), LAYERS) if text else None
+
+    def logits_after(self, text: list[int], known: int) -> Tensor:
+        """What follows a text of whose tokens the target has read the first `known`."""
+        hidden = self.hidden(text[:known])
+        own: Tensor | None = None
+        past = None
+        for place in range(self.first, len(text)):
+            if place == 0:
+                state = torch.zeros(self.draft.config.hidden_size)
+            elif place <= known:
+                assert hidden is not None
+                state = self.draft.read_target(hidden[place - 1])
+            else:
+                assert own is not None
+                state = own
+            embedded = self.target.get_input_embeddings()(torch.tensor([[text[place]]]))
+            out, past = self.draft(
+                embedded, state.view(1, 1, -1), torch.tensor([place]), None, past
+            )
+            own = out[0, 0]
+        assert own is not None
+        head = self.target.get_output_embeddings().weight[self.draft.token_ids]
+        return F.linear(self.draft.head_input(own), head)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_any_walk_gives_what_reading_anew_gives(family: str) -> None:
+    """Random prompts, trees, kept paths and tokens accepted beyond the draft's cache."""
+    target, draft = tiny(family, vocab_size=VOCABULARY), make_draft()
+    ends = Ends.of(target, draft.token_ids)
+    generator = torch.Generator().manual_seed(1)
+
+    def pick(below: int) -> int:
+        return int(torch.randint(below, (), generator=generator))
+
+    compared = 0
+    for _ in range(6):
+        text = [pick(VOCABULARY) for _ in range(1 + pick(5))]
+        reference = Reference(target, draft, begins_empty=len(text) == 1)
+        drafter = HiddenDrafter(draft, ends, VOCABULARY)
+        known, pending = len(text) - 1, 1
+        drafter.prefill(torch.tensor(text[:-1], dtype=torch.int64), reference.hidden(text[:-1]))
+
+        for _ in range(4):
+            before = text[: len(text) - pending]
+            nodes = [text[len(before) : len(before) + i + 1] for i in range(pending)]
+            given = [drafter.next_logits(torch.tensor(text[-pending:]))]
+            leaves = [pending - 1]
+            for _ in range(pick(3)):
+                parents = [leaves[pick(len(leaves))] for _ in range(1 + pick(3))]
+                tokens = [pick(VOCABULARY) for _ in parents]
+                given.append(drafter.next_logits(torch.tensor(tokens), torch.tensor(parents)))
+                leaves = list(range(len(nodes), len(nodes) + len(tokens)))
+                nodes += [
+                    [*nodes[parent], token] for parent, token in zip(parents, tokens, strict=True)
+                ]
+            for node, logits in zip(nodes, torch.cat(given), strict=True):
+                there = [*before, *node]
+                expected = reference.logits_after(there, min(known, len(there) - 1))
+                torch.testing.assert_close(logits[::2], expected, atol=2e-5, rtol=1e-4)
+                assert torch.isneginf(logits[1::2]).all()
+                compared += 1
+            kept = nodes[pending - 1 + pick(len(nodes) - pending + 1)]
+            path = [nodes.index(kept[: i + 1]) for i in range(len(kept))]
+            further = [pick(VOCABULARY) for _ in range(pick(2))]
+            text = [*before, *kept, *further]
+            hidden = reference.hidden(text)
+            assert hidden is not None
+            linear = path == list(range(len(path)))
+            drafter.keep(len(path) if linear and pick(2) else torch.tensor(path), hidden[known:])
+            known, pending = len(text), 1 + len(further)
+            text.append(pick(VOCABULARY))
+    assert compared > 60
+
+
+@torch.no_grad()
+def test_a_chain_beyond_the_target_is_read_one_by_one() -> None:
+    target, draft = tiny(vocab_size=VOCABULARY), make_draft()
+    reference = Reference(target, draft, begins_empty=False)
+    drafter = HiddenDrafter(draft, Ends.of(target, draft.token_ids), VOCABULARY)
+    drafter.prefill(torch.tensor([1, 2]), reference.hidden([1, 2]))
+    logits = drafter.next_logits(torch.tensor([3, 4, 5]))
+    for end in range(3):
+        expected = reference.logits_after([1, 2, 3, 4, 5][: 3 + end], 2)
+        torch.testing.assert_close(logits[end, ::2], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_long_prompt_is_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    target, draft = tiny(vocab_size=VOCABULARY), make_draft()
+    text = [(7 * i) % VOCABULARY for i in range(30)]
+    hidden = Reference(target, draft, False).hidden(text)
+
+    def logits() -> Tensor:
+        drafter = HiddenDrafter(draft, Ends.of(target, draft.token_ids), VOCABULARY)
+        drafter.prefill(torch.tensor(text), hidden)
+        return drafter.next_logits(torch.tensor([3]))[:, ::2]
+
+    whole = logits()
+    monkeypatch.setattr("mtad.hidden_drafter.PREFILL_CHUNK_TOKENS", 7)
+    torch.testing.assert_close(logits(), whole, atol=2e-5, rtol=1e-4)
+
+
+def test_states_that_are_missing_are_asked_for() -> None:
+    target, draft = tiny(vocab_size=VOCABULARY), make_draft()
+    drafter = HiddenDrafter(draft, Ends.of(target, draft.token_ids), VOCABULARY)
+    with pytest.raises(PairError, match="was given none.*target_layers to prefill and keep"):
+        drafter.prefill(torch.tensor([1, 2]), None)
+
+
+# Whole runs.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["speculative", "specinfer"])
+def test_lossless_methods_stay_lossless(family: str, method: str) -> None:
+    pair = ModelPair(tiny(family, vocab_size=VOCABULARY), make_draft())
+    config = mtad.DecodeConfig(max_new_tokens=24, temperature=0.0)
+    ours = mtad.run(method, pair, prompt_ids=[1, 2, 3], config=config)
+    plain = mtad.run("autoregressive", pair, prompt_ids=[1, 2, 3], config=config)
+    assert ours.token_ids == plain.token_ids
+
+
+@pytest.mark.parametrize("method", ["speculative", "typical", "bild", "mtad", "mtad_tree"])
+@pytest.mark.parametrize("prompt", [[5], [1, 2, 3, 4]])
+@torch.no_grad()
+def test_every_method_drafts_what_the_reference_would(method: str, prompt: list[int]) -> None:
+    """The log q of a trace are those of reading every prefix anew."""
+    target, draft = tiny(vocab_size=VOCABULARY), make_draft()
+    pair = ModelPair(target, draft)
+    config = mtad.DecodeConfig(
+        max_new_tokens=20, temperature=1.0, top_k=0, top_p=1.0, fallback_threshold=0.01
+    )
+    trace = mtad.run(method, pair, prompt_ids=prompt, config=config)
+    reference = Reference(target, draft, begins_empty=len(prompt) == 1)
+    text = list(prompt)
+    for step in trace.steps:
+        nodes = step.decision.tree
+        paths: list[list[int]] = []
+        for node, parent in enumerate(nodes.parents):
+            above = paths[parent] if parent >= 0 else []
+            logits = reference.logits_after([*text, *above], len(text) - 1)
+            expected = logits.log_softmax(-1)[nodes.token_ids[node] // 2]
+            assert nodes.draft_logprobs[node] == pytest.approx(float(expected), abs=1e-4)
+            paths.append([*above, nodes.token_ids[node]])
+        text += step.decision.emitted
+    assert any(step.decision.tree.token_ids for step in trace.steps)
+
+
+def test_a_pair_says_what_its_draft_weighs() -> None:
+    draft = make_draft()
+    info = ModelPair(tiny(vocab_size=VOCABULARY), draft).draft_info
+    assert info is not None and info.name == "hidden-state draft of LlamaForCausalLM"
+    own = sum(weight.numel() for weight in draft.parameters())
+    assert info.parameters == own
+    assert info.weight_bytes == 4 * (own + 20 * 16)  # 20 rows of the target's head
+
+
+# The file.
+
+
+def test_a_file_gives_back_the_draft_to_the_precision_of_8_bits(tmp_path: Path) -> None:
+    target, draft = tiny(vocab_size=VOCABULARY), make_draft()
+    file = save_draft(draft, tmp_path / "made", "tiny", "a note")
+    assert save_draft(draft, tmp_path / "again", "tiny", "a note").read_bytes() == file.read_bytes()
+    read = load_draft(tmp_path / "made", target, CPU, torch.float32)
+    assert read.config == draft.config and torch.equal(read.token_ids, draft.token_ids)
+    assert not read.training and not any(weight.requires_grad for weight in read.parameters())
+    for (name, ours), theirs in zip(draft.named_parameters(), read.parameters(), strict=True):
+        limit = ours.abs().amax(-1, keepdim=True) / 254 + 1e-7 if ours.dim() == 2 else 0.0
+        assert ((ours - theirs).abs() <= limit).all(), name
+    assert [path.name for path in (tmp_path / "made").iterdir()] == [FILE_NAME]
+    stored = load_file(file)
+    assert not any("embed" in name or "head" in name for name in stored)
+    assert all(t.dtype == torch.int8 for n, t in stored.items() if t.dim() == 2)
+
+
+def test_a_save_that_fails_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = save_draft(make_draft(), tmp_path, "tiny").read_bytes()
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mtad.draft_files.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_draft(make_draft(seed=1), tmp_path, "tiny")
+    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    assert (tmp_path / FILE_NAME).read_bytes() == before
+
+
+def test_what_is_no_draft_is_refused(tmp_path: Path) -> None:
+    target = tiny(vocab_size=VOCABULARY)
+
+    def refused() -> str:
+        with pytest.raises(PairError) as caught:
+            load_draft(tmp_path, target, CPU, torch.float32)
+        return str(caught.value)
+
+    assert "There is no draft.safetensors" in refused() and "mtad distill" in refused()
+    file = tmp_path / FILE_NAME
+    file.write_bytes(b"not safetensors at all")
+    assert "cannot be read as a draft: SafetensorError" in refused()
+    save_file({"weight": torch.zeros(2)}, file)
+    assert "its header has no 'mtad hidden draft 1'" in refused()
+    whole = save_draft(make_draft(), tmp_path, "tiny").read_bytes()
+    file.write_bytes(whole[:-100])
+    assert "cannot be read as a draft" in refused()
+    tensors = load_file(save_draft(make_draft(), tmp_path, "tiny"))
+    del tensors["join.weight"]
+    config = dataclasses.asdict(make_draft().config)
+    save_file(tensors, file, {"mtad hidden draft 1": json.dumps({"config": config})})
+    assert "join.weight" in refused()
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (tiny(vocab_size=VOCABULARY, hidden_size=32), "hidden states of 16, the target of 32"),
+        (tiny(vocab_size=VOCABULARY, num_hidden_layers=1), "reads layer 2 .* which has 1"),
+        (tiny(vocab_size=32), "proposes token 38, but the target's vocabulary has 32"),
+    ],
+)
+def test_a_draft_of_another_target_is_refused(target: Any, message: str) -> None:
+    with pytest.raises(PairError, match=message):
+        ModelPair(target, make_draft())
