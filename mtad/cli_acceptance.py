@@ -17,8 +17,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mtad.acceptance.measures import Costs, Row, frontier, rows
-from mtad.acceptance.records import Record, RecordFile, Setting, Task, grid, match, spread
+from mtad.acceptance.measures import Costs, Row, frontier, needed_passes, rows
+from mtad.acceptance.records import (
+    Record,
+    RecordFile,
+    Setting,
+    Task,
+    grid,
+    locked,
+    match,
+    spread,
+)
 from mtad.cli_acceptance_table import (
     COST_HEADINGS,
     FRONTIER_HEADINGS,
@@ -34,6 +43,7 @@ from mtad.cli_acceptance_table import (
 from mtad.cli_generate import DeviceOption, DtypeOption, PairOption, check_method, load
 from mtad.cli_io import (
     UsageError,
+    check_separate,
     check_writable,
     read_prompts,
     stop_on_interrupt,
@@ -41,7 +51,7 @@ from mtad.cli_io import (
 )
 from mtad.cli_options import with_config
 from mtad.config import DecodeConfig
-from mtad.errors import Cancelled, ConfigError, MtadError
+from mtad.errors import Cancelled, ConfigError, MtadError, PairError
 from mtad.shipped import ASSETS
 from mtad.terminal import clean, console, number
 
@@ -60,7 +70,7 @@ class Outcome:
         tasks: the prompts.
         records: finished runs.
         notes: what a reader of any result of the pair must know.
-        costs: None if they could not be measured.
+        costs: None if they could not be measured; a note then says why.
         interrupted: True if Ctrl-C ended it.
         failure: what else ended it.
         found: the figures of each setting.
@@ -127,20 +137,15 @@ def acceptance(
     """Measure a pair on held-out prompts: tokens a pass and perplexity, with intervals."""
     settings = _settings(methods, gammas, thresholds, config)
     tasks = _tasks(prompts, limit)
+    check_separate({"--prompts": prompts or HELD_OUT, "--records": records, "--json": json_file})
     for file in (records, json_file):
         if file is not None:
             check_writable(file)
-
-    from mtad.acceptance.sweep import fingerprint
-
-    models = load(pair, device, dtype)
-    if draft is not None:
-        models = _with_draft(models, draft)
-    header = fingerprint(models, config)
-    kept = RecordFile(records, header) if records is not None else None
-    done = match(kept.records, tasks, settings) if kept is not None else []
-    outcome = Outcome(header, config, settings, tasks, done, models.notes)
-    _run(outcome, models, kept)
+    with locked(records) if records is not None else contextlib.nullcontext():
+        models = load(pair, device, dtype)
+        if draft is not None:
+            models = _with_draft(models, draft)
+        outcome = _measure(models, config, settings, tasks, records)
     outcome.found = rows(
         outcome.records, settings, costs=outcome.costs, beam_width=config.beam_width
     )
@@ -205,6 +210,23 @@ def _with_draft(models: Any, folder: Path) -> Any:
     )
 
 
+def _measure(
+    models: Any,
+    config: DecodeConfig,
+    settings: list[Setting],
+    tasks: list[Task],
+    records: Path | None,
+) -> Outcome:
+    from mtad.acceptance.sweep import fingerprint
+
+    header = fingerprint(models, config)
+    kept = RecordFile(records, header) if records is not None else None
+    done = match(kept.records, tasks, settings) if kept is not None else []
+    outcome = Outcome(header, config, settings, tasks, done, models.notes)
+    _run(outcome, models, kept)
+    return outcome
+
+
 def _run(outcome: Outcome, models: Any, file: RecordFile | None) -> None:
     """Measures the costs, then runs what is not in the file yet."""
     from mtad.acceptance.sweep import jobs, sweep
@@ -213,7 +235,11 @@ def _run(outcome: Outcome, models: Any, file: RecordFile | None) -> None:
     todo = jobs(outcome.tasks, outcome.settings, outcome.records, outcome.config.seed)
     with stop_on_interrupt() as stop:
         try:
-            outcome.costs = _costs(outcome, models, stop, err)
+            try:
+                outcome.costs = _costs(outcome, models, stop, err)
+            except PairError as error:
+                outcome.notes += (f"There is no score. {error}",)
+                err.print(clean(f"Without a score: {error}"), soft_wrap=True)
             with _progress(err, outcome.planned, len(todo)) as say:
                 for record in sweep(models, todo, outcome.config, stop):
                     if file is not None:
@@ -230,8 +256,8 @@ def _run(outcome: Outcome, models: Any, file: RecordFile | None) -> None:
 def _costs(outcome: Outcome, models: Any, stop: threading.Event, err: Console) -> Costs:
     from mtad.acceptance.costs import measure_costs
 
-    lengths = {setting.num_draft_tokens for setting in outcome.settings}
-    whole = sorted(length for length in lengths if isinstance(length, int))
+    width = outcome.config.beam_width
+    passes = needed_passes(outcome.settings, width)
     with err.status("") if err.is_terminal else contextlib.nullcontext() as status:
         if status is None:
             err.print("Measuring what the passes cost.")
@@ -240,7 +266,7 @@ def _costs(outcome: Outcome, models: Any, stop: threading.Event, err: Console) -
             if status is not None:
                 status.update(f"Measuring what the passes cost: {done} of {total}")
 
-        return measure_costs(models, whole, outcome.config.beam_width, cancel=stop, progress=show)
+        return measure_costs(models, passes, width, cancel=stop, progress=show)
 
 
 @contextlib.contextmanager

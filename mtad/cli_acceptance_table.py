@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from rich.table import Table
@@ -38,8 +39,9 @@ FRONTIER_HEADINGS = (
     "on the frontier",
 )
 
-# The columns that name a row; they stand in both halves of a table that is too wide.
+# The columns that name a row; they stand in every part of a table that is too wide.
 KEYS = 3
+MAX_PARTS = 3
 _GAP = 2
 
 Cells = tuple[str, ...]
@@ -157,18 +159,25 @@ def notes(found: Sequence[Row], costs: Costs | None) -> list[str]:
 
 
 def rich_tables(headings: Cells, lines: Sequence[Cells], width: int) -> list[Table]:
-    """One table for a terminal of `width` columns; two if it is too wide, or a line a figure."""
-    middle = (KEYS + len(headings)) // 2
-    halves = [[*range(KEYS), *range(KEYS, middle)], [*range(KEYS), *range(middle, len(headings))]]
-    for columns in ([[*range(len(headings))]], halves):
+    """One table for a terminal of `width` columns, up to three parts of it, or a line a figure."""
+    for parts in range(1, MAX_PARTS + 1):
+        columns = _parts(len(headings), parts)
         if all(_width(headings, lines, own) <= width for own in columns):
             return [_table(headings, lines, own) for own in columns]
     narrow = Table(show_header=False, box=None, pad_edge=False)
+    for _ in range(2):
+        narrow.add_column(overflow="fold")  # by default a long word would be cut off
     for line in lines:
         narrow.add_row(Text(clean(line[0]), style="bold"), "")
         for heading, cell in zip(headings[1:], line[1:], strict=True):
             narrow.add_row(Text(f"  {heading}"), Text(clean(cell)))
     return [narrow]
+
+
+def _parts(count: int, parts: int) -> list[list[int]]:
+    """The columns of each part: the keys, and an even share of the others."""
+    ends = [KEYS + (count - KEYS) * part // parts for part in range(parts + 1)]
+    return [[*range(KEYS), *range(*own)] for own in itertools.pairwise(ends)]
 
 
 def _width(headings: Cells, lines: Sequence[Cells], columns: Sequence[int]) -> int:

@@ -33,6 +33,7 @@ from mtad.cli_generate import (
 from mtad.cli_io import (
     Prompt,
     UsageError,
+    check_separate,
     check_writable,
     read_prompts,
     stop_on_interrupt,
@@ -109,6 +110,7 @@ def compare(
     asked = read_prompts(prompts) if prompts is not None else [Prompt("prompt", str(prompt))]
     requests = {one.id: one.request(raw=raw) for one in asked}
     one_file = json_path is not None and json_path.suffix == ".jsonl"
+    check_separate({"--prompts": prompts, "--json": json_path})
     if json_path is not None:
         _prepare(json_path, one_file)
 

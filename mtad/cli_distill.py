@@ -86,15 +86,19 @@ def distill(
         raise UsageError("Say with --out where the finished draft shall go.")
     if start is not None and not start.is_dir():
         raise UsageError(f"--start is {start}, but must be a folder with a draft.")
-    for name, folder in (("work", work), ("out", out)):
-        if folder is not None and folder.exists() and not folder.is_dir():
-            raise UsageError(f"--{name} is {folder}, which is no folder.")
+    if work.exists() and not work.is_dir():
+        raise UsageError(f"--work is {work}, which is no folder.")
 
     from mtad.distill import run
-    from mtad.distill.files import Watch
+    from mtad.distill.files import DistillError, Watch
     from mtad.distill.targets import fast_dtype, load_target
     from mtad.loading import dtype_name, resolve_device
 
+    if phase is not Phase.write and out is not None:
+        try:
+            run.check_out(out, start)
+        except DistillError as error:
+            raise UsageError(str(error)) from None
     place = resolve_device(device)
     dtype, reason = fast_dtype(place)
     err = console(sys.stderr)
@@ -143,6 +147,8 @@ def _watching(err: Console) -> Iterator[tuple[Report, Callable[[str], None]]]:
             if stage not in tasks:
                 # Not from 0: what an earlier run has done says nothing about the speed.
                 tasks[stage] = bars.add_task(_STAGES[stage], completed=done, note="")
+            elif done < bars.tasks[tasks[stage]].completed:  # the stage begins again
+                bars.reset(tasks[stage], completed=done)
             shown = done < total or stage != "evaluate"
             bars.update(tasks[stage], completed=done, total=total, note=clean(note), visible=shown)
 
@@ -162,12 +168,16 @@ class _Rate(ProgressColumn):
 def _lines(say: Callable[[str], None]) -> Report:
     """A line every few seconds: share, speed, remaining time."""
     first: dict[str, tuple[float, int]] = {}
+    latest: dict[str, int] = {}
     last = -_LINE_SECONDS
 
     def report(stage: str, done: int, total: int, note: str) -> None:
         nonlocal last
         now = time.monotonic()
-        began, before = first.setdefault(stage, (now, done))
+        if done < latest.get(stage, 1 + done):  # the stage begins, or begins again
+            first[stage] = (now, done)
+        latest[stage] = done
+        began, before = first[stage]
         if now - last < _LINE_SECONDS or done == before:
             return
         last = now

@@ -14,6 +14,7 @@ from rich.text import Text
 from mtad.catalogue import method_info
 from mtad.cli_io import (
     UsageError,
+    check_separate,
     check_writable,
     read_prompt,
     stop_on_interrupt,
@@ -82,6 +83,7 @@ def generate(
         raise UsageError(f"--deadline is {deadline}, but must be a finite number above 0.")
     check_method(method)
     if json_file is not None:
+        check_separate({"--prompt-file": prompt_file, "--json": json_file})
         check_writable(json_file)
     asked = as_prompt(read_prompt(prompt, prompt_file), system=system, raw=raw)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -111,8 +112,8 @@ def read_prompts(file: Path) -> list[Prompt]:
     last turn the user's.
 
     Raises:
-        PromptError: the file cannot be read, a line of a .jsonl file is no such object, an id
-            occurs twice, or there is no prompt in it.
+        PromptError: the file cannot be read, a line of a .jsonl file is no such object or holds
+            half of a character, an id occurs twice, or there is no prompt in it.
     """
     prompts = []
     # Not splitlines(): a JSON string may hold U+2028, which is no line end there.
@@ -146,7 +147,16 @@ def _parse_line(file: Path, count: int, line: str) -> Prompt:
     text = turns[-1][1] if turns else entry["prompt"]
     if not isinstance(text, str):
         raise PromptError(f'{file}, line {count}: "prompt" is no text.')
-    return Prompt(str(entry.get("id", f"line-{count}")), text, str(entry.get("kind", "")), turns)
+    found = Prompt(str(entry.get("id", f"line-{count}")), text, str(entry.get("kind", "")), turns)
+    texts = [("id", found.id), ("kind", found.kind), ("prompt", text)]
+    for name, value in [*texts, *(("messages", content) for _, content in turns)]:
+        # JSON can spell a lone surrogate, but neither a tokenizer nor a UTF-8 file takes it.
+        if value.encode(errors="ignore").decode() != value:
+            raise PromptError(
+                f'{file}, line {count}: "{name}" holds half of a character (a lone surrogate).'
+                " Remove it."
+            )
+    return found
 
 
 def _turns(file: Path, count: int, given: Any) -> tuple[tuple[str, str], ...]:
@@ -198,6 +208,33 @@ def check_writable(file: Path) -> None:
             raise UsageError(f"{file} is a device or a pipe; name an ordinary file.")
     except OSError as error:
         raise UsageError(f"{file} cannot be written: {error.strerror}.") from None
+
+
+def check_separate(files: Mapping[str, Path | None]) -> None:
+    """Refuses two options that name one file: writing the one would destroy the other.
+
+    Args:
+        files: by option, the file that it names.
+
+    Raises:
+        UsageError: two of them are the same, links followed.
+    """
+    given = [(option, file) for option, file in files.items() if file is not None]
+    for (one, first), (other, second) in itertools.combinations(given, 2):
+        if _is_same(first, second):
+            raise UsageError(
+                f"{one} and {other} both name {second}, and writing the one would destroy the"
+                f" other. Name another file with {other}."
+            )
+
+
+def _is_same(first: Path, second: Path) -> bool:
+    if os.path.realpath(first) == os.path.realpath(second):
+        return True
+    try:
+        return first.samefile(second)
+    except OSError:  # one of them does not exist
+        return False
 
 
 def write_atomically(file: Path, text: str) -> None:

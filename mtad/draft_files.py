@@ -5,12 +5,13 @@ Neither embedding nor head is stored, since they are the target's.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,26 +36,57 @@ def save_draft(draft: HiddenDraft, folder: Path, target: str, note: str = "") ->
         folder: made if it is not there.
         target: name of the model that the draft was made for.
         note: what a reader of its results must know.
+
+    Raises:
+        PairError: name and note are too long, or the file cannot be written.
     """
+    about = {"config": dataclasses.asdict(draft.config), "target": target, "note": note}
+    header = json.dumps(about)
+    if len(header) > _MAX_HEADER_CHARACTERS:
+        raise PairError(
+            f"The draft's header with target and note would have {len(header):,} characters, but"
+            f" must have at most {_MAX_HEADER_CHARACTERS:,}. Shorten the note."
+        )
     tensors: dict[str, Tensor] = {"token_ids": draft.token_ids.to("cpu", torch.int32)}
     for name, weight in draft.named_parameters():
         tensors |= _pack(name, weight.detach().float().cpu())
-    about = {"config": dataclasses.asdict(draft.config), "target": target, "note": note}
-    # One value: safetensors writes several in an order that changes from run to run.
-    metadata = {_FORMAT: json.dumps(about)}
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, staged = tempfile.mkstemp(prefix=".draft-", dir=folder)
+    file = folder / FILE_NAME
     try:
-        save_file(tensors, staged, metadata)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _replacing(file) as staged:
+            # One value: safetensors writes several in an order that changes from run to run.
+            save_file(tensors, staged, {_FORMAT: header})
+    except (SafetensorError, OSError) as error:  # the first also for a disk that is full
+        raise PairError(
+            f"{file} cannot be written: {getattr(error, 'strerror', None) or error}. Make room"
+            " there, or choose another folder."
+        ) from error
+    return file
+
+
+@contextlib.contextmanager
+def _replacing(file: Path) -> Iterator[str]:
+    """Gives a path to write to, beside `file`, that takes its place if nothing is raised."""
+    handle, staged = tempfile.mkstemp(prefix=".draft-", dir=file.parent)
+    try:
+        yield staged
         os.fsync(handle)
         os.chmod(staged, 0o644)
-        os.replace(staged, folder / FILE_NAME)
+        os.replace(staged, file)
     except BaseException:
         os.unlink(staged)
         raise
     finally:
         os.close(handle)
-    return folder / FILE_NAME
+
+
+def is_draft(file: Path) -> bool:
+    """True if a file says of itself that `save_draft` wrote it."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return _FORMAT in (opened.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def load_draft(
@@ -89,15 +121,15 @@ def load_draft(
         ) from None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise PairError(
-            f"{file} cannot be read as a draft: {type(error).__name__}: {str(error)[:200]}."
-            " Copy or make it again."
+            f"{file} cannot be read as a draft: {type(error).__name__}:"
+            f" {str(error)[:200].rstrip('.')}. Copy or make it again."
         ) from error
     check_draft(draft, target)
     return draft.to(device, dtype).requires_grad_(False).eval()
 
 
 def check_draft(draft: HiddenDraft, target: PreTrainedModel) -> None:
-    """Refuses a draft that was made for a target of other sizes.
+    """Refuses a draft that was made for a target of other sizes, or has no tokens in order.
 
     Raises:
         PairError: names what differs.
@@ -112,36 +144,67 @@ def check_draft(draft: HiddenDraft, target: PreTrainedModel) -> None:
             f"The draft has hidden states of {shape.hidden_size}, the target of {found}. Make a"
             " draft for this target with: python -m mtad distill"
         )
-    deepest, highest = max(shape.target_layers), int(draft.token_ids.max())
-    if deepest > config.num_hidden_layers or min(shape.target_layers) < 0:
+    deepest = shape.target_layers[-1]
+    if deepest > config.num_hidden_layers:
         raise PairError(
             f"The draft reads layer {deepest} of the target, which has"
             f" {config.num_hidden_layers}. Make a draft for this target."
         )
-    if highest >= config.vocab_size or int(draft.token_ids.min()) < 0:
+    ids = draft.token_ids
+    listed = ids.dim() == 1 and ids.dtype is torch.int64 and ids.numel() > 0
+    if not listed or not bool((ids[1:] > ids[:-1]).all()):
         raise PairError(
-            f"The draft proposes token {highest}, but the target's vocabulary has"
-            f" {config.vocab_size}. Make a draft for this target."
+            f"The draft's token_ids are {str(ids.dtype).removeprefix('torch.')} of"
+            f" {list(ids.shape)}, but must be one row of at least one int64, ascending. Make or"
+            " copy the draft again."
+        )
+    lowest, highest = int(ids[0]), int(ids[-1])
+    if lowest < 0 or highest >= config.vocab_size:
+        raise PairError(
+            f"The draft proposes token {lowest if lowest < 0 else highest}, but the target's"
+            f" vocabulary has {config.vocab_size}, from 0. Make a draft for this target."
         )
 
 
 def _build(header: str, tensors: dict[str, Tensor]) -> HiddenDraft:
-    fields: dict[str, Any] = json.loads(header[:_MAX_HEADER_CHARACTERS])["config"]
-    fields["target_layers"] = tuple(int(layer) for layer in fields["target_layers"])
-    fields["copy_weights"] = tuple(float(weight) for weight in fields["copy_weights"])
-    if not all(0 <= weight < 1 for weight in fields["copy_weights"]):
-        raise ValueError(f"copy_weights are {fields['copy_weights']}, but must be from 0 to 1")
+    if len(header) > _MAX_HEADER_CHARACTERS:
+        raise ValueError(
+            f"its header is too long: {len(header):,} characters, but at most"
+            f" {_MAX_HEADER_CHARACTERS:,} are allowed"
+        )
+    config = HiddenDraftConfig(**json.loads(header)["config"])
     with torch.device("meta"):
-        draft = HiddenDraft(HiddenDraftConfig(**fields), torch.empty(0))
-    state = {
-        name: _unpack(tensor, tensors.get(name + _SCALE))
-        for name, tensor in tensors.items()
-        if not name.endswith(_SCALE)
-    }
-    state["token_ids"] = state["token_ids"].long()
-    draft.token_ids = state["token_ids"]
-    draft.load_state_dict(state, assign=True)
+        draft = HiddenDraft(config, torch.empty(0))
+    names = dict(draft.named_parameters())
+    _check_tensors(tensors, names)
+    state = {name: _unpack(tensors[name], tensors.get(name + _SCALE)) for name in names}
+    draft.token_ids = tensors["token_ids"].long()
+    draft.load_state_dict(state | {"token_ids": draft.token_ids}, assign=True)
     return draft
+
+
+def _check_tensors(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Compares what a file holds with what `save_draft` would make of these weights.
+
+    Raises:
+        ValueError: names a tensor that is missing, too many, of another size or kind, or no number.
+    """
+    ids = tensors.get("token_ids", torch.empty(0))
+    wanted = {"token_ids": torch.empty(ids.shape, dtype=torch.int32, device="meta")}
+    for name, weight in weights.items():
+        wanted |= _pack(name, weight.detach())
+    for name in sorted(wanted.keys() | tensors.keys()):
+        found, right = _kind(tensors.get(name)), _kind(wanted.get(name))
+        if found != right:
+            raise ValueError(f"{name} is {found}, but must be {right}")
+        if tensors[name].is_floating_point() and not bool(tensors[name].isfinite().all()):
+            raise ValueError(f"{name} has values that are not finite")
+
+
+def _kind(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "absent"
+    return f"{str(tensor.dtype).removeprefix('torch.')} of {list(tensor.shape)}"
 
 
 def _pack(name: str, weight: Tensor) -> dict[str, Tensor]:

@@ -14,12 +14,16 @@ Pure shapes and arithmetic: files are in `mtad.draft_files`, the walk along a tr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtad.errors import ConfigError
+
 NORM_EPS = 1e-5
+_MAX_WIDTH = 65_536
 
 # Keys and values [B, key-value heads, tokens, size], a pair a layer.
 Past = list[tuple[Tensor, Tensor]]
@@ -31,13 +35,16 @@ class HiddenDraftConfig:
 
     Attributes:
         hidden_size: H of the target, also the draft's width.
-        target_layers: which of the target's hidden states are read; 0 is the embedding.
+        target_layers: which of the target's hidden states are read, ascending; 0 is the embedding.
         num_layers: of the draft.
-        num_heads: query heads.
+        num_heads: query heads, each of an even size.
         num_key_value_heads: key and value heads; divides `num_heads`.
         mlp_size: width of the gated MLP.
         rope_theta: base of the rotary positions.
         copy_weights: see `mtad.copy_drafter`; empty for a draft that copies nothing.
+
+    Raises:
+        ConfigError: names the field, the value and the allowed range.
     """
 
     hidden_size: int
@@ -48,6 +55,51 @@ class HiddenDraftConfig:
     mlp_size: int = 1536
     rope_theta: float = 10_000.0
     copy_weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("hidden_size", 2, _MAX_WIDTH),
+            ("num_layers", 1, 16),
+            ("num_heads", 1, _MAX_WIDTH),
+            ("num_key_value_heads", 1, _MAX_WIDTH),
+            ("mlp_size", 1, _MAX_WIDTH),
+        ):
+            value = getattr(self, name)
+            fits = _is_whole(value) and low <= value <= high
+            self._check(name, fits, f"a whole number from {low} to {high}")
+        width, heads = self.hidden_size, self.num_heads
+        allowed = f"so many that hidden_size ({width}) divides into heads of an even size"
+        self._check("num_heads", width % (2 * heads) == 0, allowed)
+        fits = heads % self.num_key_value_heads == 0
+        self._check("num_key_value_heads", fits, f"a divisor of num_heads ({heads})")
+        layers, weights, theta = self.target_layers, self.copy_weights, self.rope_theta
+        fits = _is_list(layers) and 1 <= len(layers) <= 16 and all(map(_is_whole, layers))
+        fits = fits and layers[0] >= 0 and list(layers) == sorted(set(layers))
+        self._check("target_layers", fits, "1 to 16 ascending whole numbers from 0")
+        fits = (_is_whole(theta) or isinstance(theta, float)) and 1 <= theta <= 1e12
+        self._check("rope_theta", fits, "a number from 1 to 1e12")
+        fits = _is_list(weights) and len(weights) <= 16
+        fits = fits and all(
+            isinstance(weight, (int, float)) and 0 <= weight < 1 for weight in weights
+        )
+        self._check("copy_weights", fits, "at most 16 numbers from 0 to below 1")
+        object.__setattr__(self, "target_layers", tuple(layers))
+        object.__setattr__(self, "rope_theta", float(theta))
+        object.__setattr__(self, "copy_weights", tuple(float(weight) for weight in weights))
+
+    def _check(self, name: str, fits: bool, allowed: str) -> None:
+        if not fits:
+            shown = repr(getattr(self, name))
+            shown = shown if len(shown) <= 60 else shown[:57] + "..."
+            raise ConfigError(f"{name} is {shown}, but must be {allowed}.")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
 
 
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
@@ -127,7 +179,8 @@ class HiddenDraft(nn.Module):
 
     def read_target(self, hidden: Tensor) -> Tensor:
         """The target's hidden states [..., F·H], joined into one state [..., H]."""
-        states = hidden.view(*hidden.shape[:-1], -1, self.config.hidden_size)
+        count = len(self.config.target_layers)
+        states = hidden.view(*hidden.shape[:-1], count, self.config.hidden_size)
         states = F.rms_norm(states, states.shape[-1:], eps=NORM_EPS)
         joined: Tensor = self.read(states.view_as(hidden) * self.read_norm)
         return joined

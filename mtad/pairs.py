@@ -98,6 +98,12 @@ class ModelPair:
             check_draft(self.draft, self.target)
             self.draft.eval()
             self._check_device(self.draft.norm.device)
+            if self.draft.norm.dtype != self.dtype:
+                raise PairError(
+                    f"The target is in {loading.dtype_name(self.dtype)}, the draft in"
+                    f" {loading.dtype_name(self.draft.norm.dtype)}. Move the draft to the target's"
+                    " dtype: draft.to(target.dtype)."
+                )
         elif self.draft is not None and not isinstance(self.draft, Drafter):
             raise PairError(
                 f"The draft is a {type(self.draft).__name__}, but must be a Hugging Face causal"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -18,14 +20,25 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from typer.testing import CliRunner
 
 from mtad import ModelPair, cli_acceptance
+from mtad.acceptance import records as records_module
 from mtad.acceptance.costs import measure_costs
-from mtad.acceptance.measures import Costs, Estimate, estimate, frontier, quantile, resamples, rows
+from mtad.acceptance.measures import (
+    Costs,
+    Estimate,
+    estimate,
+    frontier,
+    needed_passes,
+    quantile,
+    resamples,
+    rows,
+)
 from mtad.acceptance.records import (
     Record,
     RecordFile,
@@ -33,12 +46,19 @@ from mtad.acceptance.records import (
     Setting,
     Task,
     grid,
+    locked,
     match,
     spread,
 )
 from mtad.acceptance.sweep import fingerprint, jobs, sweep, task_seed
 from mtad.cli import app
-from mtad.cli_acceptance_table import HEADINGS, cells, rich_tables
+from mtad.cli_acceptance_table import (
+    FRONTIER_HEADINGS,
+    HEADINGS,
+    cells,
+    frontier_cells,
+    rich_tables,
+)
 from mtad.cli_io import UsageError, read_prompts
 from mtad.config import DecodeConfig
 from mtad.draft_files import save_draft
@@ -208,6 +228,13 @@ def test_the_frontier_leaves_out_what_is_worse_in_both() -> None:
     assert frontier(rows(records[:1], settings)) == []
 
 
+def test_figures_that_no_float_holds_are_left_out() -> None:
+    records = [record(SPECULATIVE, "a", 9, 0, decode_seconds=1e-320), record(MTAD, "a", 9, 3)]
+    speculative, mtad = rows(records, [SPECULATIVE, MTAD])
+    assert speculative.block_efficiency is None and mtad.times_speculative is None
+    assert speculative.tokens_per_second is None
+
+
 # The grid
 
 
@@ -354,6 +381,62 @@ def test_other_files_are_refused_and_left_alone(tmp_path: Path, content: bytes, 
         RecordFile(tmp_path, {})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tokens", "-4"),
+        ("tokens", '"9"'),
+        ("tokens", "9" * 400),
+        ("target_passes", "0"),
+        ("target_passes", "-1"),
+        ("draft_passes", "-1"),
+        ("accepted", "1"),
+        ("distinct_ngrams", "11"),
+        ("nll", "NaN"),
+        ("nll", "1" + "0" * 400),
+        ("decode_seconds", "Infinity"),
+        ("decode_seconds", "-0.5"),
+        ("stop_reason", '"bored"'),
+        ("method", '"magic"'),
+        ("num_draft_tokens", "-5"),
+        ("accept_threshold", "NaN"),
+    ],
+)
+def test_a_record_that_no_run_gives_is_damaged(tmp_path: Path, name: str, value: str) -> None:
+    path = tmp_path / "r.jsonl"
+    file = RecordFile(path, HEADER)
+    for task in "ab":
+        file.append(record(MTAD, task, 9, 3))
+    text, count = re.subn(f'"{name}":[^,}}]+', f'"{name}":{value}', path.read_text())
+    assert count == 2
+    path.write_text(text)
+    with pytest.raises(RecordsError, match=r"r\.jsonl, line 2 is damaged"):
+        RecordFile(path, HEADER)
+    assert path.read_text() == text
+
+
+def test_too_large_a_file_of_records_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.jsonl"
+    RecordFile(path, HEADER)
+    monkeypatch.setattr(records_module, "MAX_RECORDS_BYTES", 10)
+    with pytest.raises(RecordsError, match="larger than 10 bytes"):
+        RecordFile(path, HEADER)
+
+
+def test_records_are_locked_whatever_link_names_them(tmp_path: Path) -> None:
+    path, link = tmp_path / "r.jsonl", tmp_path / "link.jsonl"
+    link.symlink_to(path)
+    refused = pytest.raises(RecordsError, match="Another process writes to .*link")
+    with locked(path), refused, locked(link):
+        pass
+    with locked(link):
+        pass
+    with pytest.raises(RecordsError, match="cannot be used"), locked(tmp_path / ("r" * 255)):
+        pass
+
+
 def test_records_of_a_changed_prompt_are_refused_and_others_left_out() -> None:
     task = Task("a", "k", {"prompt": "x"})
     records = [
@@ -427,23 +510,49 @@ def test_the_fingerprint_tells_weights_apart(pair: ModelPair) -> None:
 
 def test_costs_are_measured_for_every_kind_of_pass(pair: ModelPair) -> None:
     seen: list[tuple[int, int]] = []
-    found = measure_costs(pair, [2, 4], 3, rounds=2, progress=lambda *at: seen.append(at))
+    passes = needed_passes(grid(["speculative", "mtad", "mtad_tree"], [2, 4], [0.5]), 3)
+    found = measure_costs(pair, passes, 3, rounds=2, progress=lambda *at: seen.append(at))
     assert (list(found.target), list(found.tree)) == ([1, 3, 5], [7, 13])
     assert list(found.draft) == [1, 3] and found.draft_first is not None
     every = [*found.target.values(), *found.tree.values(), *found.draft.values(), found.draft_first]
     assert all(0 < seconds < 5 for seconds in every)
     assert (found.context, found.rounds, seen) == (200, 2, [(0, 2), (1, 2), (2, 2)])
-    alone = measure_costs(ModelPair(tiny()), [], 4, rounds=1)
-    assert (list(alone.target), alone.tree, alone.draft, alone.draft_first) == ([1], {}, {}, None)
+
+
+@pytest.mark.parametrize(
+    ("methods", "alone", "target", "tree", "draft"),
+    [
+        (["autoregressive", "specinfer"], False, [1], [], []),
+        (["speculative", "typical"], False, [1, 3], [], [1]),
+        (["mtad"], False, [1, 3], [], [1, 3]),
+        (["mtad_tree"], False, [1], [7], [1, 3]),
+        (["autoregressive", "mtad_tree"], True, [1], [], []),
+    ],
+)
+def test_only_passes_of_the_settings_are_measured(
+    pair: ModelPair,
+    methods: list[str],
+    alone: bool,
+    target: list[int],
+    tree: list[int],
+    draft: list[int],
+) -> None:
+    given = ModelPair(pair.target) if alone else pair
+    settings = grid(methods, [2], [0.5])
+    found = measure_costs(given, needed_passes(settings, 3), 3, rounds=1)
+    assert (list(found.target), list(found.tree), list(found.draft)) == (target, tree, draft)
+    assert (found.draft_first is None) == (not draft)
+    known = [setting for setting in settings if setting.method != "specinfer" and not alone]
+    assert all(found.pass_seconds(setting, 3) for setting in known)
 
 
 def test_costs_can_be_stopped_and_need_room(pair: ModelPair) -> None:
     stop = threading.Event()
     stop.set()
     with pytest.raises(Cancelled):
-        measure_costs(pair, [2], 4, cancel=stop)
+        measure_costs(pair, {("target", 3)}, 4, cancel=stop)
     with pytest.raises(PairError, match="holds 512 tokens"):
-        measure_costs(pair, [64], 8)
+        measure_costs(pair, {("tree", 513)}, 8)
 
 
 # Prompts
@@ -530,6 +639,37 @@ def test_usage_errors_end_with_2_before_anything_is_loaded(
     assert said in result.stderr
 
 
+@pytest.mark.parametrize("options", [("prompts", "json"), ("records", "json")], ids="-".join)
+@pytest.mark.parametrize("how", ["same", "dots", "symlink", "hard link"])
+def test_one_file_under_two_options_is_refused_and_left_alone(
+    options: tuple[str, str], how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("models were loaded")
+
+    monkeypatch.setattr(cli_acceptance, "load", refuse)
+    first, second = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    first.write_text('{"prompt": "x"}\n')
+    if how == "same":
+        second = first
+    elif how == "dots":
+        second = tmp_path / ".." / tmp_path.name / first.name
+    elif how == "symlink":
+        second.symlink_to(first)
+    else:
+        second.hardlink_to(first)
+    result = invoke(f"--{options[0]}", str(first), f"--{options[1]}", str(second))
+    assert result.exit_code == 2, result.output
+    assert f"--{options[0]} and --{options[1]} both name" in result.stderr
+    assert first.read_text() == '{"prompt": "x"}\n'
+
+
+def test_the_held_out_prompts_are_not_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_acceptance, "check_writable", lambda file: pytest.fail(str(file)))
+    result = invoke("--json", str(cli_acceptance.HELD_OUT))
+    assert result.exit_code == 2 and "--prompts and --json both name" in result.stderr
+
+
 @pytest.fixture
 def talking(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """A tiny pair that knows a few words; the arguments that run it on three prompts."""
@@ -589,6 +729,41 @@ def test_one_command_prints_the_table_and_a_killed_one_is_resumed(
     assert "config.top_k is 10 there and 5 here" in result.stderr
 
 
+def test_records_in_use_are_refused_before_the_models_load(
+    talking: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_acceptance, "load", lambda *_: pytest.fail("models were loaded"))
+    records = tmp_path / "r.jsonl"
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom mtad.acceptance.records import locked\n"
+        "with locked(Path(sys.argv[1])):\n    print('locked', flush=True)\n    input()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(records)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as child:
+        assert child.stdout is not None and child.stdout.readline() == "locked\n"
+        result = invoke(*talking, "--records", str(records))
+        child.communicate("\n")
+    assert result.exit_code == 1 and "Another process writes to" in result.stderr
+    assert child.returncode == 0 and not records.exists()
+
+
+def test_without_room_for_the_costs_there_is_no_score(talking: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    options = ["--methods", "mtad_tree", "--gammas", "64", "--beam-width", "8", "--limit", "1"]
+    result = invoke(*talking, *options, "--json", str(out))
+    assert result.exit_code == 0, result.stderr
+    assert "Without a score: The context of this pair holds 512" in result.stderr
+    assert "There is no score. The context of this pair holds 512" in result.stdout
+    saved = json.loads(out.read_text())
+    assert saved["costs_seconds"] is None and saved["rows"][0]["score"] is None
+    assert saved["runs_finished"] == 1 and "passes of 513 rows" in saved["notes"][-1]
+
+
 def test_several_thresholds_print_the_frontier(talking: list[str]) -> None:
     result = invoke(*talking, "--thresholds", "0.001,0.9", "--limit", "1", "--gammas", "2")
     assert result.exit_code == 0, result.stderr
@@ -623,6 +798,24 @@ def test_a_table_that_is_too_wide_is_split_and_then_turned() -> None:
     assert names[0] + names[1][3:] == list(HEADINGS)
     (turned,) = rich_tables(HEADINGS, found, 40)
     assert (len(turned.columns), turned.row_count) == (2, len(HEADINGS))
+
+
+@pytest.mark.parametrize("width", [160, 100, 80, 60, 20])
+def test_no_terminal_cuts_a_cell_off(width: int) -> None:
+    settings = grid(["autoregressive", "mtad_tree"], [2, 8], [0.05, 0.5])
+    records = [record(one, task, 98_765, 4321, 5e4) for one in settings for task in "ab"]
+    found = rows(records, settings)
+    for headings, lines in ((HEADINGS, cells(found)), (FRONTIER_HEADINGS, frontier_cells(found))):
+        out = Console(file=io.StringIO(), width=width)
+        for table in rich_tables(headings, lines, width):
+            out.print(table)
+        assert isinstance(out.file, io.StringIO)
+        shown = out.file.getvalue()
+        assert "…" not in shown and max(map(len, shown.splitlines())) <= width
+        squeezed = "".join(shown.split())
+        # A line a figure needs no word "method"; a very narrow one may fold a cell.
+        for text in {*headings[1:], *(cell for line in lines for cell in line)}:
+            assert width < 60 or "".join(text.split()) in squeezed
 
 
 def test_ctrl_c_prints_what_is_finished(

@@ -368,6 +368,14 @@ def test_prompt_files(tmp_path: Path) -> None:
         (b'["a"]', "line 1"),
         (b"\xff", "no UTF-8"),
         (b'{"prompt": "a", "id": "x"}\n{"prompt": "b", "id": "x"}', "'x' more than once"),
+        (b'{"prompt": "a"}\n{"prompt": "b", "id": "a\\ud800"}', 'line 2: "id" holds half'),
+        (b'{"prompt": "a", "kind": "\\udfff"}', 'line 1: "kind" holds half'),
+        (b'{"prompt": "a\\ud800"}', 'line 1: "prompt" holds half'),
+        (
+            b'{"messages": [{"role": "system", "content": "\\ud800"},'
+            b' {"role": "user", "content": "x"}]}',
+            'line 1: "messages" holds half',
+        ),
     ],
 )
 def test_bad_prompt_files(tmp_path: Path, content: bytes, said: str) -> None:
@@ -375,6 +383,21 @@ def test_bad_prompt_files(tmp_path: Path, content: bytes, said: str) -> None:
     file.write_bytes(content)
     with pytest.raises(PromptError, match=said):
         cli_io.read_prompts(file)
+
+
+@pytest.mark.parametrize(
+    ("module", "command", "option"),
+    [(cli_compare, "compare", "--prompts"), (cli_generate, "generate", "--prompt-file")],
+)
+def test_no_command_writes_over_its_prompts(
+    module: Any, command: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "load", lambda *_: pytest.fail("models were loaded"))
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "x"}\n')
+    result = invoke(command, option, str(file), "--json", str(file))
+    assert result.exit_code == 2 and f"{option} and --json both name" in result.stderr
+    assert file.read_text() == '{"prompt": "x"}\n'
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_ctrl_c_keeps_everything(
         result = invoke(*command)
     assert result.exit_code == 130
     assert "What is finished is kept: the same command goes on" in result.stderr
-    assert (tmp_path / "work" / CHECKPOINT).exists() and not out.exists()
+    assert (tmp_path / "work" / CHECKPOINT).exists() and not any(out.iterdir())
     result = invoke(*command)
     assert result.exit_code == 0, result.stderr
     assert "step 0 of 3" not in result.stderr, "it began anew"
@@ -105,6 +105,13 @@ def test_ctrl_c_keeps_everything(
         (["RECIPE", "--work", "w", "--out", "o", "--start", "absent"], 2, "--start is absent"),
         (["RECIPE", "--work", "RECIPE", "--out", "o"], 2, "--work"),
         (["RECIPE", "--work", "w", "--out", "RECIPE"], 2, "--out"),
+        (["RECIPE", "--work", "w", "--out", "RECIPE/o"], 2, "recipe.json/o cannot be used"),
+        (
+            ["RECIPE", "--work", "w", "--out", "o", "--start", "o/../o"],
+            2,
+            "the draft to start from",
+        ),
+        (["RECIPE", "--work", "w", "--out", "."], 2, "README.md, but not of a draft"),
         (["RECIPE", "--work", "w", "--out", "o", "--device", "tpu"], 1, "device is 'tpu'"),
         (["RECIPE", "--work", "w", "--out", "o", "--target", "./absent"], 1, "./absent"),
         (["RECIPE", "--work", "w", "--out", "o", "--set", "target=gpt"], 1, "gpt"),
@@ -119,11 +126,14 @@ def test_what_makes_no_sense_is_refused_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    result = invoke(*[recipe if argument == "RECIPE" else argument for argument in arguments])
+    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
+    (tmp_path / "o").mkdir()
+    result = invoke(*[argument.replace("RECIPE", recipe) for argument in arguments])
     assert result.exit_code == code
     assert message in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "w").exists()
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
 
 
 def test_lines_of_progress_come_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,6 +150,20 @@ def test_lines_of_progress_come_every_few_seconds(monkeypatch: pytest.MonkeyPatc
     ]
 
 
+def test_a_stage_that_begins_again_is_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    lines: list[str] = []
+    report = cli_distill._lines(lines.append)
+    report("evaluate", 8, 64, "")
+    report("evaluate", 64, 64, "")
+    now += 3600
+    report("evaluate", 8, 64, "")
+    now += 10
+    report("evaluate", 16, 64, "")
+    assert lines[-1] == "Evaluating: 25.0%, 1/s, 0:01:00 left, "
+
+
 def test_a_terminal_gets_bars_and_no_markup() -> None:
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=120)
@@ -149,6 +173,7 @@ def test_a_terminal_gets_bars_and_no_markup() -> None:
         report("train", 5, 10, "loss \x1b[2J")
         report("evaluate", 5, 10, "")
         report("evaluate", 10, 10, "")
+        report("evaluate", 5, 10, "")
         say("step [red]1[/red]")
     assert "step [red]1[/red]" in screen.getvalue()
     assert "\x1b[2J" not in screen.getvalue()

@@ -16,14 +16,22 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mtad
 from mtad.config import DecodeConfig
-from mtad.distill import losses, unroll
-from mtad.distill.corpus import Corpus, open_corpus, shard_path, write_corpus
-from mtad.distill.files import DistillError, Watch, locked
+from mtad.distill import checkpoint, losses, unroll
+from mtad.distill.corpus import (
+    Corpus,
+    open_corpus,
+    open_shard,
+    save_shard,
+    shard_path,
+    write_corpus,
+)
+from mtad.distill.files import DistillError, Watch, locked, read_tensors, save_tensors
 from mtad.distill.recipe import Losses, Recipe, Shape, Training, Writing, read_recipe, recipe_from
 from mtad.distill.run import CHECKPOINT, distill, learn, write
 from mtad.distill.targets import Target, fast_dtype
@@ -183,6 +191,8 @@ def test_a_recipe_survives_json() -> None:
         ("writing.answer_samplings=[[0, 10, 0.9]]", "writing.answer_samplings is [0, 10, 0.9]"),
         ("writing.question_samplings=[]", "writing.question_samplings is [], but must be a list"),
         ("writing.openers=[1]", "writing.openers is"),
+        ('writing.openers=["\\ud800"]', "a list of strings without lone surrogates"),
+        ('target="\\ud800"', "target is '\\ud800'"),
         ("draft.target_layers=[2, 1]", "draft.target_layers is"),
         ("draft.target_layers=[-1]", "draft.target_layers is"),
         ("training.betas=[0.9, 1.0]", "training.betas is"),
@@ -463,18 +473,88 @@ def test_a_shard_under_another_number_is_refused(target: Target, work: Path) -> 
         write(target, RECIPE, work)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "tokens"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "empty", "noise", "token_ids", "origins", "top_ids", "top_logprobs"]
+)
 def test_a_damaged_shard_is_refused(damage: str, target: Target, work: Path) -> None:
     path = shard_path(work, 1)
     data = bytearray(path.read_bytes())
-    if damage == "tokens":
-        token = load_file(path)["token_ids"].numpy().tobytes()
-        data[data.index(token)] ^= 1
-    path.write_bytes(
-        {"cut": data[:-7], "empty": b"", "noise": b"\x07" * 99, "tokens": data}[damage]
-    )
+    broken = {"cut": data[:-7], "empty": b"", "noise": b"\x07" * 99}
+    if damage not in broken:
+        data[data.index(load_file(path)[damage].numpy().tobytes())] ^= 1
+    path.write_bytes(broken.get(damage, data))
     with pytest.raises(DistillError, match="shard-00001.* damaged.*Delete .*written anew"):
         write(target, RECIPE, work)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("origins", 3),
+        ("token_ids", VOCABULARY),
+        ("top_ids", -1),
+        ("top_logprobs", 0.5),
+        ("top_logprobs", float("nan")),
+    ],
+)
+def test_values_that_no_target_gives_are_refused(
+    name: str, value: float, target: Target, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = shard_path(work, 0)
+    shard = Shard(**{n: t.clone() for n, t in vars(open_shard(path, RECIPE, target, 0)[0]).items()})
+    getattr(shard, name)[1, 2] = value
+    before = path.read_bytes()
+    with pytest.raises(DistillError, match=f"is not written: {name} are from .* must be from"):
+        save_shard(shard, path, RECIPE, target, 0)
+    assert path.read_bytes() == before
+    with monkeypatch.context() as patch:
+        patch.setattr("mtad.distill.corpus._flaw", lambda *given: "")
+        save_shard(shard, path, RECIPE, target, 0)
+    with pytest.raises(DistillError, match=f"is damaged: {name} are from .* Delete"):
+        open_shard(path, RECIPE, target, 0)
+
+
+def test_no_log_probability_at_all_is_a_value(target: Target, work: Path) -> None:
+    path = shard_path(work, 0)
+    shard = Shard(**{n: t.clone() for n, t in vars(open_shard(path, RECIPE, target, 0)[0]).items()})
+    shard.top_logprobs[0, 0, -1] = -torch.inf
+    save_shard(shard, path, RECIPE, target, 0)
+    assert torch.isneginf(open_shard(path, RECIPE, target, 0)[0].top_logprobs[0, 0, -1])
+
+
+@pytest.mark.parametrize("where", ["held out", "scale", "trained"])
+def test_hidden_states_that_are_no_numbers_are_blamed(
+    where: str, target: Target, work: Path
+) -> None:
+    rows = {"held out": 3, "scale": 65, "trained": max(rows_of(BRIEF, 128, 2))}
+    assert rows["trained"] > 72  # beyond the rows that the scale is taken of
+    index, place = divmod(rows[where], 64)
+    tensors, metadata = read_tensors(shard_path(work, index))
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    tensors["hidden"][place, 7, 9] = torch.nan
+    save_tensors(shard_path(work, index), tensors, metadata)
+    found = f"shard-0000{index}.* is damaged: the hidden states of its row {place} are not finite"
+    with pytest.raises(DistillError, match=found):
+        learn(target, BRIEF, work, work / "out")
+
+
+def test_a_header_of_endless_lists_is_no_file_of_ours(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "nested", {"mtad": "[" * 100_000})
+    with pytest.raises(ValueError, match="no metadata of ours"):
+        read_tensors(tmp_path / "nested")
+
+
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("mtad.distill.files.save_file", full)
+    with pytest.raises(
+        DistillError, match=r"file cannot be written: I/O error: No space left.*room"
+    ):
+        save_tensors(tmp_path / "file", {}, {})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_is_too_small_is_found_out_first(
@@ -691,6 +771,25 @@ def test_the_loss_and_the_overlaps_are_those_of_plain_loops() -> None:
     torch.testing.assert_close(found, torch.tensor(means))
 
 
+@pytest.mark.parametrize("piece", [1, 3, 5])
+def test_pieces_change_neither_the_loss_nor_its_gradient(
+    piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, draft = a_target(), a_draft()
+    training = dataclasses.replace(RECIPE.training, losses=Losses(0.5, 0.0, 2.0, 0.0))
+    ends = Ends.of(target.model, draft.token_ids)
+    columns = torch.full((VOCABULARY,), -1)
+    columns[draft.token_ids] = torch.arange(len(draft.token_ids))
+    found = []
+    for rows in (1000, piece):
+        monkeypatch.setattr(unroll, "_PIECE_ROWS", rows)
+        loss = unroll.loss(draft, ends, a_batch(2, 9, 2), columns, training, 0.25)
+        found.append((loss.detach(), *torch.autograd.grad(loss, list(draft.parameters()))))
+    for whole, pieces in zip(*found, strict=True):
+        torch.testing.assert_close(pieces, whole, atol=1e-6, rtol=1e-5)
+    assert found[0][1].abs().sum() > 0
+
+
 # Training
 
 
@@ -785,24 +884,73 @@ def test_stopping_and_going_on_changes_nothing(
     target: Target, finished: Path, work: Path, tmp_path: Path
 ) -> None:
     lines: list[str] = []
+    out = tmp_path / "out"
     for count in (13, 12, 20):  # the second stop comes with an evaluation
         stop = StopAt("train", count)
         with pytest.raises(Cancelled, match="goes on"):
-            learn(target, RECIPE, work, tmp_path, watch=stop.watch)
-    learn(target, RECIPE, work, tmp_path, watch=Watch(say=lines.append))
+            learn(target, RECIPE, work, out, watch=stop.watch)
+    learn(target, RECIPE, work, out, watch=Watch(say=lines.append))
     assert len(lines) == 2 and "step 60 of 60" in lines[-1]
     assert same_tensors(work / CHECKPOINT, finished / CHECKPOINT)
-    assert same_tensors(tmp_path / FILE_NAME, finished / "out" / FILE_NAME)
+    assert same_tensors(out / FILE_NAME, finished / "out" / FILE_NAME)
     curves = [
-        json.loads((out / "report.json").read_text(encoding="utf-8"))["curve"]
-        for out in (tmp_path, finished / "out")
+        json.loads((folder / "report.json").read_text(encoding="utf-8"))["curve"]
+        for folder in (out, finished / "out")
     ]
     assert curves[0] == curves[1]
 
-    # A finished run is finished: the same command only saves it again.
-    (tmp_path / FILE_NAME).unlink()
-    learn(target, RECIPE, work, tmp_path, watch=StopAt("train", 1).watch)
-    assert same_tensors(tmp_path / FILE_NAME, finished / "out" / FILE_NAME)
+    # A finished run is finished: the same command only saves it again, elsewhere as well, and
+    # so does one with other copy weights, which nothing is trained with.
+    kept = (work / CHECKPOINT).stat()
+    for folder, recipe in (
+        (out, RECIPE),
+        (tmp_path / "new", changed(draft={"copy_weights": [0.5]})),
+    ):
+        draft = learn(target, recipe, work, folder, watch=StopAt("train", 1).watch)
+        assert same_tensors(folder / FILE_NAME, finished / "out" / FILE_NAME)
+        assert draft.config.copy_weights == recipe.draft.copy_weights
+    now = (work / CHECKPOINT).stat()
+    assert (now.st_ino, now.st_mtime_ns) == (kept.st_ino, kept.st_mtime_ns), "written again"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["README.md"], "holds README.md, but not of a draft by mtad distill"),
+        (["report.json", "README.md"], "holds README.md and report.json"),
+        ([FILE_NAME], "holds draft.safetensors"),
+        (["README.md/"], "holds README.md"),
+        ([f"{FILE_NAME}/"], "holds draft.safetensors"),
+    ],
+)
+def test_a_folder_of_something_else_is_not_written_to(
+    names: list[str], message: str, target: Target, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for name in names:
+        if name.endswith("/"):
+            (out / name).mkdir(parents=True)
+        else:
+            out.mkdir(exist_ok=True)
+            (out / name).write_text("mine", encoding="utf-8")
+    with pytest.raises(DistillError, match=message):
+        distill(target, BRIEF, tmp_path / "work", out)
+    assert not (tmp_path / "work").exists()
+    assert all((out / name).is_dir() or (out / name).read_text() == "mine" for name in names)
+
+
+def test_a_folder_that_cannot_be_written_to_is_found_out_first(
+    target: Target, finished: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DistillError, match="file/out cannot be used"):
+        distill(target, BRIEF, tmp_path / "work", tmp_path / "file" / "out")
+    (tmp_path / "link").symlink_to(finished / "out")
+    before = (finished / "out" / FILE_NAME).read_bytes()
+    with pytest.raises(DistillError, match="link holds the draft to start from"):
+        distill(target, BRIEF, tmp_path / "work", tmp_path / "link", start=finished / "out")
+    assert (finished / "out" / FILE_NAME).read_bytes() == before
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_start_is_where_another_training_ended(
@@ -810,9 +958,24 @@ def test_a_start_is_where_another_training_ended(
 ) -> None:
     start = finished / "out"
     ended = json.loads((start / "report.json").read_text(encoding="utf-8"))
-    learn(target, BRIEF, work, tmp_path, start=start)
+    copying = changed(training={"epochs": 0.2}, draft={"copy_weights": (0.5,)})
+    draft = learn(target, copying, work, tmp_path, start=start)
+    assert draft.config.copy_weights == (0.5,)
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["start"] == "out"
+    assert report["start_tokens"] == ended["curve"][-1]["tokens"] == 60 * 192
+    card = (tmp_path / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert "the weights of out, which had seen 0.01 million tokens." in card
+    # Of a draft that began with another, that one's tokens count as well.
+    (work / CHECKPOINT).unlink()
+    learn(target, BRIEF, work, tmp_path / "third", start=tmp_path)
+    third = json.loads((tmp_path / "third" / "report.json").read_text(encoding="utf-8"))
+    assert third["start_tokens"] == 63 * 192
+    (work / CHECKPOINT).unlink()
+    (tmp_path / "report.json").unlink()
+    learn(target, BRIEF, work, tmp_path / "third", start=tmp_path)
+    card = (tmp_path / "third" / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert f"the weights of {tmp_path.name}. " in card.replace("##", " ")
     assert report["curve"][0]["alpha"] == pytest.approx(ended["saved"]["alpha"], abs=1e-6)
     with pytest.raises(DistillError, match="another --start draft"):
         learn(target, BRIEF, work, tmp_path)
@@ -845,6 +1008,36 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(
     (work / CHECKPOINT).write_bytes(broken.get(damage, bytes(data)))
     with pytest.raises(DistillError, match=message):
         learn(target, recipe, work, work / "out")
+
+
+@pytest.mark.parametrize(
+    "progress",
+    [
+        {"step": -3},
+        {"step": 61},
+        {"step": True},
+        {"step": 3.0},
+        {"curve": None},
+        {"curve": [1]},
+        {"curve": [{"step": 0}]},
+        {"seconds": "x"},
+        {"loss_sum": float("nan")},
+        {"speed": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("digested", [True, False])
+def test_a_damaged_account_of_the_progress_is_refused(
+    progress: dict[str, Any], digested: bool, target: Target, finished: Path, work: Path
+) -> None:
+    tensors, metadata = read_tensors(finished / CHECKPOINT)
+    metadata["progress"] = json.dumps(json.loads(metadata["progress"]) | progress)
+    if digested:
+        metadata["digest"] = checkpoint.digest_of(tensors, metadata["progress"])
+    save_tensors(work / CHECKPOINT, tensors, metadata)
+    message = next(iter(progress)).replace("curve", "curve is no list") if digested else "content"
+    with pytest.raises(DistillError, match=f"is damaged .*{message}.*Delete"):
+        learn(target, RECIPE, work, work / "out")
 
 
 def test_bfloat16_trains(corpus: Corpus, target: Target, tmp_path: Path) -> None:
@@ -940,7 +1133,7 @@ def test_a_kill_in_either_phase_changes_nothing(
     kill_at("write", 64 * 24 + 300, tmp_path)
     assert shard_path(tmp_path, 0).exists() and not shard_path(tmp_path, 1).exists()
     kill_at("train", 3 * 192, tmp_path)
-    assert (tmp_path / CHECKPOINT).exists() and not (tmp_path / "out").exists()
+    assert (tmp_path / CHECKPOINT).exists() and not any((tmp_path / "out").iterdir())
     distill(target, RECIPE, tmp_path, tmp_path / "out")
     for index in range(2):
         assert shard_path(tmp_path, index).read_bytes() == shard_path(finished, index).read_bytes()

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import mtad
 from mtad.draft_files import FILE_NAME, load_draft, save_draft
-from mtad.errors import PairError
+from mtad.errors import ConfigError, PairError
 from mtad.hidden_draft import HiddenDraft, HiddenDraftConfig
 from mtad.hidden_drafter import Ends, HiddenDrafter
 from mtad.lm import CachedLM
@@ -231,16 +232,21 @@ def test_a_file_gives_back_the_draft_to_the_precision_of_8_bits(tmp_path: Path) 
     assert all(t.dtype == torch.int8 for n, t in stored.items() if t.dim() == 2)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")],
+    ids=["OSError", "SafetensorError"],
+)
 def test_a_save_that_fails_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = save_draft(make_draft(), tmp_path, "tiny").read_bytes()
 
     def full(*args: Any) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr("mtad.draft_files.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(PairError, match=r"draft\.safetensors cannot be written: .*No space left"):
         save_draft(make_draft(seed=1), tmp_path, "tiny")
     assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
     assert (tmp_path / FILE_NAME).read_bytes() == before
@@ -268,6 +274,126 @@ def test_what_is_no_draft_is_refused(tmp_path: Path) -> None:
     config = dataclasses.asdict(make_draft().config)
     save_file(tensors, file, {"mtad hidden draft 1": json.dumps({"config": config})})
     assert "join.weight" in refused()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_size", 0),
+        ("hidden_size", "16"),
+        ("hidden_size", 2**62),
+        ("num_layers", 0),
+        ("num_layers", 17),
+        ("num_layers", True),
+        ("num_layers", 1.0),
+        ("num_heads", 0),
+        ("num_heads", 3),
+        ("num_heads", 16),
+        ("num_key_value_heads", 0),
+        ("num_key_value_heads", 3),
+        ("mlp_size", 0),
+        ("target_layers", []),
+        ("target_layers", [2, 1]),
+        ("target_layers", [2, 2]),
+        ("target_layers", [-1, 2]),
+        ("target_layers", [1.0]),
+        ("target_layers", 5),
+        ("rope_theta", float("nan")),
+        ("rope_theta", 0),
+        ("rope_theta", 10**400),
+        ("rope_theta", "a"),
+        ("copy_weights", [1.0]),
+        ("copy_weights", [-0.1]),
+        ("copy_weights", [float("nan")]),
+        ("copy_weights", ["0"]),
+        ("copy_weights", [0.1] * 17),
+        ("copy_weights", "00"),
+    ],
+)
+def test_a_shape_that_no_draft_has_is_refused(field: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"^{field} is .*, but must be "):
+        dataclasses.replace(make_draft().config, **{field: value})
+    tensors = load_file(save_draft(make_draft(), tmp_path, "tiny"))
+    config = dataclasses.asdict(make_draft().config) | {field: value}
+    save_file(
+        tensors, tmp_path / FILE_NAME, {"mtad hidden draft 1": json.dumps({"config": config})}
+    )
+    with pytest.raises(
+        PairError, match=f"cannot be read as a draft: ConfigError: {field} is .*[^.]\\. Copy"
+    ):
+        load_draft(tmp_path, tiny(vocab_size=VOCABULARY), CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("norm", torch.full((16,), torch.nan), "norm has values that are not finite"),
+        ("norm", torch.ones(16).cfloat(), "norm is complex64 of .16., but must be float32"),
+        ("norm", torch.ones(15), "norm is float32 of .15."),
+        ("join.weight.scale", None, "join.weight.scale is absent"),
+        ("join.weight.scale", torch.ones(1), "join.weight.scale is float32 of .1."),
+        ("join.weight.scale", torch.tensor(1.0), "join.weight.scale is float32 of .."),
+        ("join.weight.scale", torch.full((16,), torch.inf), "join.weight.scale has values"),
+        ("stray.scale", torch.ones(1), "stray.scale is float32 of .1., but must be absent"),
+        ("token_ids", None, "token_ids is absent"),
+        ("token_ids", torch.tensor([1.5, 2.5]), "token_ids is float32"),
+        ("token_ids.scale", torch.ones(1), "token_ids.scale is float32"),
+        ("token_ids", torch.zeros(0, dtype=torch.int32), "token_ids are int64 of .0."),
+        ("token_ids", torch.zeros(2, 2, dtype=torch.int32), "must be one row"),
+        ("token_ids", torch.tensor(3, dtype=torch.int32), "must be one row"),
+        ("token_ids", torch.tensor([1, 1, 2], dtype=torch.int32), "ascending"),
+        ("token_ids", torch.tensor([2, 1], dtype=torch.int32), "ascending"),
+        ("token_ids", torch.tensor([-2, 1], dtype=torch.int32), "proposes token -2"),
+        ("token_ids", torch.tensor([1, 40], dtype=torch.int32), "token 40, but .* has 40, from 0"),
+    ],
+)
+def test_a_file_with_a_wrong_tensor_is_refused(
+    name: str, tensor: Tensor | None, message: str, tmp_path: Path
+) -> None:
+    file = save_draft(make_draft(), tmp_path, "tiny")
+    tensors = load_file(file)
+    tensors.pop(name, None)
+    tensors |= {} if tensor is None else {name: tensor}
+    about = {"config": dataclasses.asdict(make_draft().config)}
+    save_file(tensors, file, {"mtad hidden draft 1": json.dumps(about)})
+    with pytest.raises(PairError, match=message):
+        load_draft(tmp_path, tiny(vocab_size=VOCABULARY), CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "header", ["", "null", "[]", '{"config": []}', '{"config": {}}', "[" * 9000, "1" * 6000]
+)
+def test_a_file_with_a_wrong_header_is_refused(header: str, tmp_path: Path) -> None:
+    tensors = load_file(save_draft(make_draft(), tmp_path, "tiny"))
+    save_file(tensors, tmp_path / FILE_NAME, {"mtad hidden draft 1": header})
+    with pytest.raises(PairError, match="cannot be read as a draft"):
+        load_draft(tmp_path, tiny(vocab_size=VOCABULARY), CPU, torch.float32)
+
+
+def test_a_header_that_is_too_long_is_neither_written_nor_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = save_draft(make_draft(), tmp_path, "tiny").read_bytes()
+    with pytest.raises(PairError, match="at most 10,000. Shorten the note"):
+        save_draft(make_draft(seed=1), tmp_path, "tiny", "n" * 10_000)
+    assert (tmp_path / FILE_NAME).read_bytes() == before
+    monkeypatch.setattr("mtad.draft_files._MAX_HEADER_CHARACTERS", 100)
+    with pytest.raises(PairError, match="its header is too long"):
+        load_draft(tmp_path, tiny(vocab_size=VOCABULARY), CPU, torch.float32)
+
+
+def test_a_draft_in_another_dtype_than_the_target_is_refused() -> None:
+    target = tiny(vocab_size=VOCABULARY)
+    with pytest.raises(PairError, match="target is in float32, the draft in bfloat16. Move"):
+        ModelPair(target, make_draft().to(torch.bfloat16))
+    ModelPair(target.to(torch.bfloat16), make_draft().to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+def test_token_ids_of_another_dtype_are_refused(dtype: torch.dtype) -> None:
+    draft = HiddenDraft(make_draft().config, torch.arange(4, dtype=dtype))
+    with pytest.raises(PairError, match="must be one row of at least one int64"):
+        ModelPair(tiny(vocab_size=VOCABULARY), draft)
 
 
 @pytest.mark.parametrize(

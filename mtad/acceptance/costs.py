@@ -7,17 +7,16 @@ are kept, the next steps. So a draft that reads accepted tokens again pays for t
 from __future__ import annotations
 
 import functools
-import itertools
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtad.acceptance.measures import Costs
+from mtad.acceptance.measures import ONE_TOKEN, Costs, Pass
 from mtad.config import DecodeConfig
 from mtad.decoders.common import Proposal, State
 from mtad.draft import Drafter
@@ -31,13 +30,13 @@ CONTEXT_TOKENS = 200
 ROUNDS = 15
 _ACCEPTED = 2
 
-# (what, rows) → seconds of each round
-Times = dict[tuple[str, int], list[float]]
+# Seconds of each round
+Times = dict[Pass, list[float]]
 
 
 def measure_costs(
     pair: ModelPair,
-    draft_lengths: Sequence[int],
+    passes: Collection[Pass],
     beam_width: int,
     *,
     rounds: int = ROUNDS,
@@ -47,9 +46,10 @@ def measure_costs(
     """Median seconds of each kind of pass at a context of about 200 tokens.
 
     Args:
-        pair: the models; without a draft only the target is measured.
-        draft_lengths: γs, for the rows of the target's passes: γ + 1, and γ · W + 1 for a tree.
-        beam_width: W, rows of a draft step of `mtad`.
+        pair: the models; without a draft only the one-token pass of the target is measured.
+        passes: which ones, see `needed_passes`; the one-token pass is always among them, and
+            where there is a draft step, so are the first of a block and that of one row.
+        beam_width: W, the number of branches of a tree.
         rounds: measurements of each.
         cancel: stops between two passes.
         progress: called with the rounds done and in all.
@@ -59,7 +59,8 @@ def measure_costs(
         PairError: the context of the pair is too short for such passes.
     """
     # A round appends the accepted tokens and the one after them; one round warms up.
-    longest = max([1, *(1 + gamma * beam_width for gamma in draft_lengths)])
+    wanted = {ONE_TOKEN, *(passes if pair.draft is not None else ())}
+    longest = max(rows for _, rows in wanted)
     room = pair.context_length - longest - (rounds + 2) * (_ACCEPTED + 1)
     context = min(CONTEXT_TOKENS, room)
     if context < 2:
@@ -69,9 +70,9 @@ def measure_costs(
         )
     timer = _Timer(pair.device, cancel)
     with device_lock(pair.device), torch.inference_mode():
-        bench = _Bench(pair, context, timer)
+        bench = _Bench(pair, context, wanted, beam_width, timer)
         for done in range(rounds + 1):
-            bench.round(draft_lengths, beam_width)
+            bench.round()
             if done == 0:
                 timer.times.clear()
             progress(done, rounds)
@@ -112,13 +113,18 @@ class _Timer:
 class _Bench:
     """A pair in the middle of an answer, which goes on by three tokens a round."""
 
-    def __init__(self, pair: ModelPair, context: int, timer: _Timer) -> None:
+    def __init__(
+        self, pair: ModelPair, context: int, passes: set[Pass], beam_width: int, timer: _Timer
+    ) -> None:
         self._timer = timer
+        self._verified = sorted(one for one in passes - {ONE_TOKEN} if one[0] != "draft")
+        self._draft_rows = sorted(rows for kind, rows in passes if kind == "draft")
+        self._beam_width = beam_width
         self._vocab_size = pair.vocab_size
         self._device = pair.device
         self._state = State.begin(
             CachedLM(pair.target, pair.vocab_size),
-            as_drafter(pair) if pair.draft is not None else None,
+            as_drafter(pair) if self._draft_rows else None,
             self._tokens(context).tolist(),
             DecodeConfig(),
             torch.Generator(pair.device),
@@ -130,26 +136,27 @@ class _Bench:
         """Any tokens: what a pass costs does not depend on them."""
         return torch.arange(1, count + 1, device=self._device) * 7919 % self._vocab_size
 
-    def round(self, draft_lengths: Sequence[int], beam_width: int) -> None:
+    def round(self) -> None:
         """Every pass once, then the answer grows."""
         timer, state = self._timer, self._state
         # As `autoregressive` does it, which no draft asks for hidden states.
         timer("target", 1, functools.partial(state.target.forward, state.pending))
         state.target.keep(0)
-        for gamma, tree in itertools.product(sorted(set(draft_lengths)), (False, True)):
-            proposal = self._tree(gamma, beam_width) if tree else self._block(gamma)
-            rows = 1 + proposal.token_ids.shape[0]
-            timer("tree" if tree else "target", rows, functools.partial(state.verify, proposal))
+        for kind, rows in self._verified:
+            proposal = self._tree(rows - 1) if kind == "tree" else self._block(rows - 1)
+            timer(kind, rows, functools.partial(state.verify, proposal))
             state.target.keep(0)
         if state.draft is not None:
-            self._draft(state.draft, beam_width)
+            self._draft(state.draft)
 
     def _block(self, length: int) -> Proposal:
         tokens = self._tokens(length)
         return Proposal.block(tokens, torch.zeros_like(tokens).float(), length - 1)
 
-    def _tree(self, length: int, width: int) -> Proposal:
-        tokens = self._tokens(length * width)
+    def _tree(self, size: int) -> Proposal:
+        width = self._beam_width
+        length = size // width
+        tokens = self._tokens(size)
         return Proposal(
             token_ids=tokens,
             parents=torch.arange(-width, (length - 1) * width, device=self._device).clamp_min(-1),
@@ -160,7 +167,7 @@ class _Bench:
             chain=False,
         )
 
-    def _draft(self, draft: Drafter, beam_width: int) -> None:
+    def _draft(self, draft: Drafter) -> None:
         """A block of which two tokens are accepted, settled as `State` does it."""
         timer, state = self._timer, self._state
         waiting = state.draft_pending.shape[0]
@@ -172,10 +179,12 @@ class _Bench:
         timer("draft first", 1, first_step)
         token = self._tokens(1)
         timer("draft", 1, functools.partial(draft.next_logits, token))
-        if beam_width > 1:
-            beams = self._tokens(beam_width)
+        for rows in self._draft_rows:
+            if rows == 1:
+                continue
+            beams = self._tokens(rows)
             above = torch.full_like(beams, waiting - 1)
-            timer("draft", beam_width, functools.partial(draft.next_logits, beams, above))
+            timer("draft", rows, functools.partial(draft.next_logits, beams, above))
         block = self._block(_ACCEPTED)
         state.verify(block)
         state.target.keep(1 + _ACCEPTED)

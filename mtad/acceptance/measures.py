@@ -22,6 +22,30 @@ _TAIL = 0.025
 # statistic(indices of prompts, with repetition) → figure; None where it is not defined
 Statistic = Callable[[Sequence[int]], "float | None"]
 
+# ("target", "tree" or "draft", rows)
+Pass = tuple[str, int]
+ONE_TOKEN: Pass = ("target", 1)
+
+
+def iteration_passes(setting: Setting, beam_width: int) -> tuple[Pass, Pass] | None:
+    """The target's pass and the later draft steps of one iteration.
+
+    None without a draft, and where iterations differ.
+    """
+    draft_rows = {"speculative": 1, "typical": 1, "mtad": beam_width, "mtad_tree": beam_width}
+    rows, gamma = draft_rows.get(setting.method), setting.num_draft_tokens
+    if rows is None or not isinstance(gamma, int):
+        return None
+    if setting.method == "mtad_tree":
+        return ("tree", 1 + gamma * beam_width), ("draft", rows)
+    return ("target", 1 + gamma), ("draft", rows)
+
+
+def needed_passes(settings: Sequence[Setting], beam_width: int) -> set[Pass]:
+    """The passes whose costs the scores of these settings are made of."""
+    found = [iteration_passes(setting, beam_width) for setting in settings]
+    return {ONE_TOKEN, *(one for passes in found if passes for one in passes)}
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -45,17 +69,14 @@ class Costs:
 
     def pass_seconds(self, setting: Setting, beam_width: int) -> float | None:
         """Of one iteration: a target pass and the draft that it verifies. None if unknown."""
-        gamma = setting.num_draft_tokens
         if setting.method == "autoregressive":
             return self.target.get(1)
-        if self.draft_first is None or not isinstance(gamma, int):
+        passes, gamma = iteration_passes(setting, beam_width), setting.num_draft_tokens
+        if self.draft_first is None or passes is None or not isinstance(gamma, int):
             return None
-        rows = {"speculative": 1, "typical": 1, "mtad": beam_width, "mtad_tree": beam_width}
-        step = self.draft.get(rows.get(setting.method, 0))
-        if setting.method == "mtad_tree":
-            target = self.tree.get(1 + gamma * beam_width)
-        else:
-            target = self.target.get(1 + gamma)
+        (kind, rows), (_, draft_rows) = passes
+        target = (self.tree if kind == "tree" else self.target).get(rows)
+        step = self.draft.get(draft_rows)
         if step is None or target is None:
             return None
         return target + self.draft_first + (gamma - 1) * step
@@ -111,8 +132,9 @@ class Row:
 
 
 def ratio(numerator: float, denominator: float) -> float | None:
-    """None where nothing is counted."""
-    return numerator / denominator if denominator else None
+    """None where nothing is counted, or no float holds the result."""
+    found = numerator / denominator if denominator else math.inf
+    return found if math.isfinite(found) else None
 
 
 @functools.lru_cache(maxsize=8)
@@ -173,7 +195,7 @@ def rows(
 
     def efficiency_of(setting: Setting) -> float:
         own = runs[setting].values()
-        return sum(run.tokens for run in own) / sum(run.target_passes for run in own)
+        return ratio(sum(run.tokens for run in own), sum(run.target_passes for run in own)) or 0.0
 
     plain = next((runs[one] for one in shown if one.method == "autoregressive"), {})
     speculative = [one for one in shown if one.method == "speculative"]
@@ -265,7 +287,8 @@ def _against(
 
     def statistic(indices: Sequence[int]) -> float | None:
         upper, lower = above(indices), below(indices)
-        return None if upper is None or not lower else upper / lower + offset
+        found = None if upper is None or lower is None else ratio(upper, lower)
+        return None if found is None else found + offset
 
     return estimate(statistic, len(common), times=times, seed=seed)
 

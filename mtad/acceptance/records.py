@@ -6,6 +6,7 @@ weights, device, parameters). Every further line is one finished run. Imports no
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -15,22 +16,28 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from mtad.catalogue import method_info
 from mtad.config import DecodeConfig
 from mtad.errors import MtadError
 from mtad.metrics import NGRAM
-from mtad.trace import Trace
+from mtad.trace import Count, StopReason, Trace
 
 FORMAT = 1
+MAX_RECORDS_BYTES = 256 * 1024 * 1024
 _MARK = "mtad_acceptance"
+
+Positive = Annotated[int, Field(ge=1, le=2**53 - 1)]
+Seconds = Annotated[float, Field(ge=0.0, le=1e9, allow_inf_nan=False)]
+# Below 0 only by the rounding of log-probabilities; small enough that a sum of them is finite.
+Nats = Annotated[float, Field(ge=-1.0, le=1e12, allow_inf_nan=False)]
 
 
 class RecordsError(MtadError):
-    """A file of records belongs to other runs, or is none."""
+    """A file of records belongs to other runs, is none, or is in use."""
 
 
 @dataclass(frozen=True)
@@ -139,19 +146,19 @@ class Record:
     setting: Setting
     task_id: str
     task_digest: str
-    tokens: int
-    target_passes: int
-    target_positions: int
-    draft_passes: int
-    accepted: int
-    offered: int
-    nll: float | None
-    ngrams: int
-    distinct_ngrams: int
-    decode_seconds: float
-    draft_seconds: float
-    verify_seconds: float
-    stop_reason: str
+    tokens: Positive
+    target_passes: Positive
+    target_positions: Positive
+    draft_passes: Count
+    accepted: Count
+    offered: Count
+    nll: Nats | None
+    ngrams: Count
+    distinct_ngrams: Count
+    decode_seconds: Seconds
+    draft_seconds: Seconds
+    verify_seconds: Seconds
+    stop_reason: StopReason
 
     @property
     def distinct_4(self) -> float | None:
@@ -189,8 +196,35 @@ class Record:
         )
 
 
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps a second process from the same file of records.
+
+    Raises:
+        RecordsError: another process has it, or the lock beside it cannot be made.
+    """
+    import filelock  # brings asyncio, for which no other command should wait
+
+    file = Path(os.path.realpath(path))
+    lock = filelock.FileLock(file.with_name(f".{file.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise RecordsError(
+            f"Another process writes to {path}. Wait for it, or name another file of records."
+        ) from None
+    except OSError as error:
+        raise RecordsError(f"{path} cannot be used: {error.strerror or error}.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class RecordFile:
     """Records on disk: each is there, whole, once `append` has returned.
+
+    One process at a time may have the file open, see `locked`.
 
     Attributes:
         path: the file.
@@ -206,13 +240,13 @@ class RecordFile:
 
         Raises:
             RecordsError: it was begun with another header (the message says where they differ),
-                is damaged, is no file of records, or cannot be read or written.
+                is damaged, too large, no file of records, or cannot be read or written.
         """
         self.path = path
         self._records: dict[tuple[Setting, str], Record] = {}
         first = json.dumps({_MARK: FORMAT, **header}, allow_nan=False) + "\n"
         try:
-            data = path.read_bytes() if path.exists() else b""
+            data = self._load()
             whole = data[: data.rfind(b"\n") + 1]
             if not whole and first.encode().startswith(data):
                 whole = first.encode()
@@ -241,6 +275,17 @@ class RecordFile:
             raise RecordsError(f"{self.path} cannot be written: {error.strerror}.") from None
         self._keep(record)
 
+    def _load(self) -> bytes:
+        if not self.path.exists():
+            return b""
+        with self.path.open("rb") as stream:
+            data = stream.read(MAX_RECORDS_BYTES + 1)
+        if len(data) > MAX_RECORDS_BYTES:
+            raise RecordsError(
+                f"{self.path} is larger than {MAX_RECORDS_BYTES:,} bytes. Name a new file."
+            )
+        return data
+
     def _keep(self, record: Record) -> None:
         self._records[record.setting, record.task_id] = record
 
@@ -267,7 +312,7 @@ class RecordFile:
             )
         for number, line in enumerate(lines, 2):
             try:
-                self._keep(_adapter().validate_json(line))
+                self._keep(_adapter().validate_json(line, strict=True))
             except ValidationError:
                 raise RecordsError(
                     f"{self.path}, line {number} is damaged. Delete that line to run it again."
@@ -276,7 +321,16 @@ class RecordFile:
 
 @functools.cache
 def _adapter() -> TypeAdapter[Record]:
-    return TypeAdapter(Record)
+    return TypeAdapter(Annotated[Record, AfterValidator(_possible)])
+
+
+def _possible(record: Record) -> Record:
+    """The record; raises ValueError if no run can have given it."""
+    method_info(record.setting.method)
+    record.setting.config(DecodeConfig(), seed=0)
+    if record.accepted > record.offered or record.distinct_ngrams > record.ngrams:
+        raise ValueError("a part is larger than its whole")
+    return record
 
 
 def _differences(there: Any, here: Any, name: str = "") -> Iterator[tuple[str, str, str]]:

@@ -33,7 +33,7 @@ def make_report(
     draft: HiddenDraft,
     progress: Progress,
     saved: dict[str, list[float]],
-    start: str = "",
+    start: Path | None = None,
 ) -> dict[str, Any]:
     """Everything that the card says, as JSON.
 
@@ -44,14 +44,15 @@ def make_report(
         draft: the finished one.
         progress: the learning curve and the time.
         saved: overlaps of the draft as it was saved, in 8 bits.
-        start: the draft that it began with; "" for none.
+        start: folder of the draft that it began with.
     """
     return {
         "target": target.name,
         "target_digest": target.digest,
         "license": target.license,
         "recipe": dataclasses.asdict(recipe),
-        "start": start,
+        "start": "" if start is None else start.resolve().name,
+        "start_tokens": 0 if start is None else _tokens_seen(start),
         "parameters": sum(parameter.numel() for parameter in draft.parameters()),
         "corpus": {
             "rows": corpus.num_rows,
@@ -78,6 +79,16 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     write_text(folder / CARD, card(report))
 
 
+def _tokens_seen(folder: Path) -> int | None:
+    """Tokens that a draft and what it began with were trained on; None if nothing tells."""
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        before = report["start_tokens"] if report["start"] else 0
+        return int(report["curve"][-1]["tokens"]) + int(before)
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
+        return None
+
+
 def card(report: dict[str, Any]) -> str:
     """The model card, in Markdown."""
     recipe, corpus, last = report["recipe"], report["corpus"], report["curve"][-1]
@@ -86,7 +97,9 @@ def card(report: dict[str, Any]) -> str:
     license_name = report["license"]
     layers = ", ".join(str(layer) for layer in draft["target_layers"])
     terms = " + ".join(f"{value:g} × {name}" for name, value in training["losses"].items() if value)
-    start = f" It began with the weights of {report['start']}." if report["start"] else ""
+    seen = report["start_tokens"]
+    seen = f", which had seen {seen / 1e6:.2f} million tokens" if seen is not None else ""
+    start = f" It began with the weights of {report['start']}{seen}." if report["start"] else ""
     preset = any(recipe["target"] == known.id for known in presets())
     given = "" if preset else f" --target {target}"
     sections = {

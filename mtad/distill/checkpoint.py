@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 
 from mtad.distill.files import DistillError, read_tensors, save_tensors
 
-FORMAT = "mtad checkpoint 1"
+FORMAT = "mtad checkpoint 2"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_POINT = {"step", "tokens", "loss", "alpha", "alpha_warped"}
 _MEANING = {
     "format": "format",
     "recipe": "recipe (draft, training or seed)",
@@ -65,19 +67,27 @@ def save(
         state = optimizer.state.get(parameter, {})
         tensors |= {f"{moment}/{name}": state[moment] for moment in _MOMENTS if moment in state}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    said = json.dumps(vars(progress))
     metadata = {
         **identity,
         "format": FORMAT,
-        "progress": json.dumps(vars(progress)),
-        "digest": digest_of(tensors),
+        "progress": said,
+        "digest": digest_of(tensors, said),
     }
     save_tensors(path, tensors, metadata)
 
 
 def load(
-    path: Path, draft: nn.Module, optimizer: torch.optim.AdamW, identity: dict[str, str]
+    path: Path,
+    draft: nn.Module,
+    optimizer: torch.optim.AdamW,
+    identity: dict[str, str],
+    steps: int,
 ) -> Progress:
-    """Puts a checkpoint into a draft and its optimizer; says where training stands.
+    """Puts a checkpoint of a training of so many steps into a draft and its optimizer.
+
+    Returns:
+        Where training stands.
 
     Raises:
         DistillError: it is damaged, or of another run; the message says which.
@@ -94,12 +104,10 @@ def load(
                 f" {metadata.get(key, 'nothing')!r}, not {value!r}). {forget}, or choose another"
                 " --work folder; --start can begin from a finished draft's weights."
             )
-    if metadata.get("digest") != digest_of(tensors):
-        raise DistillError(
-            f"{path} is damaged: its weights are not those that were saved. {forget}."
-        )
     try:
-        progress = Progress(**json.loads(metadata["progress"]))
+        if metadata["digest"] != digest_of(tensors, metadata["progress"]):
+            raise ValueError("its content is not what was saved")
+        progress = _read_progress(metadata["progress"], steps)
         draft.load_state_dict({name: tensors[f"draft/{name}"] for name in draft.state_dict()})
         if progress.step:
             for name, parameter in draft.named_parameters():
@@ -110,9 +118,25 @@ def load(
     return progress
 
 
-def digest_of(tensors: dict[str, Tensor]) -> str:
-    """16 hex digits of named tensors on the CPU."""
-    digest = hashlib.sha256()
+def _read_progress(text: str, steps: int) -> Progress:
+    progress = Progress(**json.loads(text))
+    if type(progress.step) is not int or not 0 <= progress.step <= steps:
+        raise ValueError(f"step is {progress.step!r}, but must be a number from 0 to {steps}")
+    for name in ("seconds", "loss_sum"):
+        value = getattr(progress, name)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{name} is {value!r}, but must be a number")
+    curve = progress.curve
+    if not isinstance(curve, list) or any(
+        not isinstance(point, dict) or point.keys() != _POINT for point in curve
+    ):
+        raise ValueError("its learning curve is no list of evaluations")
+    return progress
+
+
+def digest_of(tensors: dict[str, Tensor], text: str = "") -> str:
+    """16 hex digits of named tensors on the CPU, and of a text beside them."""
+    digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].numpy().tobytes())

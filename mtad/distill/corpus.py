@@ -23,7 +23,9 @@ from mtad.distill.targets import Target
 from mtad.distill.writing import Origin, Shard, Template, write_shard
 from mtad.errors import Cancelled
 
-FORMAT = "mtad shard 1"
+FORMAT = "mtad shard 2"
+# All but `hidden`, which has more than ten times their bytes: training looks at it instead.
+_DIGESTED = ("token_ids", "origins", "top_ids", "top_logprobs")
 # Left on the disk beside the corpus, for checkpoints and whatever else needs the disk.
 _SPARE_BYTES = 1_000_000_000
 
@@ -33,15 +35,15 @@ class Corpus:
 
     Attributes:
         shards: in order.
-        digest: 16 hex digits of every token.
+        digest: 16 hex digits of all tokens, origins and log-probabilities.
     """
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
+    def __init__(self, shards: Sequence[Shard], digests: Sequence[str]) -> None:
         self.shards = shards
+        self.digest = fingerprint(list(digests))
         self.num_rows = sum(shard.token_ids.shape[0] for shard in shards)
         self.row_tokens = shards[0].token_ids.shape[1]
         self._shard_rows = shards[0].token_ids.shape[0]
-        self.digest = _digest(shard.token_ids for shard in shards)
 
     def batch(self, rows: Iterable[int]) -> Shard:
         """The rows of these numbers, copied out of their shards."""
@@ -51,6 +53,19 @@ class Corpus:
             return torch.stack([getattr(self.shards[shard], name)[row] for shard, row in places])
 
         return Shard(*(gather(name) for name in Shard.__dataclass_fields__))
+
+    def damage(self, rows: Iterable[int]) -> str:
+        """Names the first of these rows whose hidden states are no numbers; "" if there is none."""
+        for row in rows:
+            shard, place = divmod(row, self._shard_rows)
+            if not self.shards[shard].hidden[place].isfinite().all():
+                name = shard_path(Path(), shard).name
+                return (
+                    f"{name} is damaged: the hidden states of its row {place} are not finite."
+                    " Delete it in the --work folder and run the same command again, without"
+                    " --phase train: it is then written anew."
+                )
+        return ""
 
     def frequent_tokens(self, count: int, ends: Iterable[int], held_out: int) -> Tensor:
         """[count] int64, ascending: the ends, and what answers are made of most often.
@@ -147,7 +162,7 @@ def open_corpus(target: Target, recipe: Recipe, folder: Path) -> Corpus:
     Raises:
         DistillError: one is missing, belongs to another recipe or target, or is damaged.
     """
-    shards = []
+    shards, digests = [], []
     for index in range(recipe.writing.shards):
         path = shard_path(folder, index)
         if not path.exists():
@@ -155,8 +170,10 @@ def open_corpus(target: Target, recipe: Recipe, folder: Path) -> Corpus:
                 f"{path} is missing: {index} of {recipe.writing.shards} shards are there. Run the"
                 " phase write first, or lower writing.shards."
             )
-        shards.append(open_shard(path, recipe, target, index))
-    return Corpus(shards)
+        shard, digest = open_shard(path, recipe, target, index)
+        shards.append(shard)
+        digests.append(digest)
+    return Corpus(shards, digests)
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -165,18 +182,28 @@ def shard_path(folder: Path, index: int) -> Path:
 
 
 def save_shard(shard: Shard, path: Path, recipe: Recipe, target: Target, index: int) -> None:
-    """Writes one shard, whole or not at all."""
+    """Writes one shard, whole or not at all.
+
+    Raises:
+        DistillError: the target gave what is no number, or the disk refused.
+    """
+    flaw = _flaw(shard, target.vocab_size)
+    if flaw:
+        raise DistillError(
+            f"{path} is not written: {flaw}. The target cannot be computed in"
+            f" {loading.dtype_name(target.model.dtype)} here. Choose another --device or target."
+        )
     metadata = {
         **_metadata(recipe, target, index),
-        "digest": _digest([shard.token_ids]),
+        "digest": _digest(shard),
         "target_name": target.name,
         "dtype": loading.dtype_name(target.model.dtype),
     }
     save_tensors(path, dict(vars(shard)), metadata)
 
 
-def open_shard(path: Path, recipe: Recipe, target: Target, index: int) -> Shard:
-    """One shard, mapped into memory.
+def open_shard(path: Path, recipe: Recipe, target: Target, index: int) -> tuple[Shard, str]:
+    """One shard, mapped into memory, and the digest of all but its hidden states.
 
     Raises:
         DistillError: says why it is refused, and what to do.
@@ -198,9 +225,13 @@ def open_shard(path: Path, recipe: Recipe, target: Target, index: int) -> Shard:
         tensor = tensors.get(name)
         if tensor is None or tuple(tensor.shape) != size or tensor.dtype != kind:
             raise DistillError(f"{path} is damaged: {name} is not {kind} of {list(size)}. {again}")
-    if metadata.get("digest") != _digest([tensors["token_ids"]]):
-        raise DistillError(f"{path} is damaged: its tokens are not those that were saved. {again}")
-    return Shard(**tensors)
+    shard = Shard(**{name: tensors[name] for name in layout})
+    digest = _digest(shard)
+    flaw = "its content is not what was saved" if metadata.get("digest") != digest else ""
+    flaw = flaw or _flaw(shard, target.vocab_size)
+    if flaw:
+        raise DistillError(f"{path} is damaged: {flaw}. {again}")
+    return shard, digest
 
 
 _MEANING = {"format": "format", "writing": "recipe", "shard": "number", "target": "target"}
@@ -217,11 +248,25 @@ def _metadata(recipe: Recipe, target: Target, index: int) -> dict[str, str]:
     }
 
 
-def _digest(tokens: Iterable[Tensor]) -> str:
+def _digest(shard: Shard) -> str:
     digest = hashlib.sha256()
-    for each in tokens:
-        digest.update(each.contiguous().numpy().tobytes())
+    for name in _DIGESTED:
+        digest.update(getattr(shard, name).contiguous().numpy())
     return digest.hexdigest()[:16]
+
+
+def _flaw(shard: Shard, vocab_size: int) -> str:
+    """What no target says: a value out of its range; "" if there is none."""
+    for name, low, high in (
+        ("token_ids", 0, vocab_size - 1),
+        ("origins", 0, max(Origin)),
+        ("top_ids", 0, vocab_size - 1),
+        ("top_logprobs", -float("inf"), 0),
+    ):
+        lowest, highest = (float(end) for end in getattr(shard, name).aminmax())
+        if not (low <= lowest and highest <= high):  # nor if one of them is NaN
+            return f"{name} are from {lowest:g} to {highest:g}, but must be from {low:g} to {high}"
+    return ""
 
 
 def _check_space(folder: Path, missing: int, recipe: Recipe, target: Target) -> None:

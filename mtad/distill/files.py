@@ -21,7 +21,7 @@ _KEY = "mtad"
 
 
 class DistillError(MtadError):
-    """A file of the work folder cannot be used; the message says why and what to do."""
+    """A file or folder cannot be used; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             if not isinstance(metadata, dict):
                 raise ValueError("its metadata is no object")
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-    except KeyError:
+    except (KeyError, RecursionError):
         raise ValueError("it has no metadata of ours") from None
     except (SafetensorError, OSError) as error:
         raise ValueError(str(error)) from None
@@ -94,8 +94,11 @@ def replacing(path: Path) -> Iterator[Path]:
                     os.close(folder)
         finally:
             partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise DistillError(f"{path} cannot be written: {error.strerror or error}.") from error
+    except (SafetensorError, OSError) as error:  # the first also for a disk that is full
+        raise DistillError(
+            f"{path} cannot be written: {getattr(error, 'strerror', None) or error}. Make room"
+            " there, or choose another folder, and run the same command again."
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -76,8 +76,8 @@ class Writing:
             triples = check.items(name, 1, 64, "lists of [temperature, top_k, top_p]")
             check.put(name, tuple(self._sampling(check, name, triple) for triple in triples))
         openers = check.items("openers", 1, 4096, "strings")
-        if not all(isinstance(opener, str) for opener in openers):
-            check.refuse("openers", self.openers, "a list of strings")
+        if not all(_is_text(opener) for opener in openers):
+            check.refuse("openers", self.openers, "a list of strings without lone surrogates")
         check.put("openers", openers)
 
     @staticmethod
@@ -266,7 +266,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check = _Check(self, "")
-        if not isinstance(self.target, str) or not self.target:
+        if not _is_text(self.target) or not self.target:
             check.refuse("target", self.target, "the id of a pair; see `mtad pairs`")
         check.whole("seed", 0, MAX_SEED - self.writing.shards)
         training, writing = self.training, self.writing
@@ -415,3 +415,8 @@ def _is_whole(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_text(value: object) -> bool:
+    """True for a string of whole characters: a lone surrogate is none, and cannot be written."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value

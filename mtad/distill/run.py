@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from pathlib import Path
 
 import torch
 
-from mtad.distill.card import make_report, write_report
+from mtad.distill.card import CARD, REPORT, make_report, write_report
 from mtad.distill.corpus import Corpus, open_corpus, write_corpus
-from mtad.distill.files import Watch, locked
+from mtad.distill.files import DistillError, Watch, locked
 from mtad.distill.recipe import Recipe
 from mtad.distill.targets import Target
 from mtad.distill.training import CHECKPOINT_SECONDS, Learner, train
-from mtad.draft_files import load_draft, save_draft
+from mtad.draft_files import FILE_NAME, is_draft, load_draft, save_draft
 from mtad.hidden_draft import HiddenDraft
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -45,9 +46,10 @@ def distill(
 
     Raises:
         ConfigError, PairError: recipe, target and start do not fit together.
-        DistillError: a file of `work` is damaged, or belongs to something else.
+        DistillError: a file of `work` is damaged, or belongs to something else; or as `check_out`.
         Cancelled: the same call goes on.
     """
+    check_out(out, start)
     write(target, recipe, work, watch=watch)
     return learn(
         target,
@@ -66,6 +68,33 @@ def write(target: Target, recipe: Recipe, work: Path, *, watch: Watch | None = N
         write_corpus(target, recipe, work, watch or Watch())
 
 
+def check_out(out: Path, start: Path | None = None) -> None:
+    """Makes the folder of a finished draft; finds out early what would spoil the end.
+
+    Raises:
+        DistillError: it cannot be written to, holds files of something else, or is `start`.
+    """
+    other = "Choose another --out folder"
+    try:
+        if start is not None and start.resolve() == out.resolve():
+            raise DistillError(
+                f"{out} holds the draft to start from, which is not to be lost. {other}."
+            )
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+        ours = is_draft(out / FILE_NAME)
+        files = [out / name for name in (FILE_NAME, CARD, REPORT)]
+        foreign = [each.name for each in files if each.is_dir() or (each.exists() and not ours)]
+    except OSError as error:
+        raise DistillError(f"{out} cannot be used: {error.strerror or error}. {other}.") from error
+    if foreign:
+        raise DistillError(
+            f"{out} holds {' and '.join(foreign)}, but not of a draft by mtad distill. {other}, or"
+            " move that away."
+        )
+
+
 def learn(
     target: Target,
     recipe: Recipe,
@@ -78,6 +107,7 @@ def learn(
 ) -> HiddenDraft:
     """Phase 2 alone; see `distill`."""
     watch = watch or Watch()
+    check_out(out, start)
     with locked(work, "train"):
         target.check(recipe)
         begun = None if start is None else _load(target, start)
@@ -96,8 +126,7 @@ def learn(
         final = _load(target, out).to(target.device)
         with contextlib.closing(Learner(target, corpus, recipe.training, final)) as judge:
             saved = judge.evaluate(watch)
-        name = "" if start is None else start.resolve().name
-        write_report(out, make_report(target, corpus, recipe, draft, progress, saved, start=name))
+        write_report(out, make_report(target, corpus, recipe, draft, progress, saved, start))
     return final
 
 

@@ -8,13 +8,14 @@ checkpoint and ends with the same weights as one that was not.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,16 +23,18 @@ from torch import Tensor
 from mtad.distill import checkpoint, unroll
 from mtad.distill.corpus import Corpus
 from mtad.distill.files import DistillError, Watch
-from mtad.distill.recipe import Recipe, Training, fingerprint
+from mtad.distill.recipe import Recipe, Shape, Training, fingerprint
 from mtad.distill.targets import Target, fast_dtype
 from mtad.distill.writing import Shard
 from mtad.errors import Cancelled, ConfigError
-from mtad.hidden_draft import HiddenDraft
+from mtad.hidden_draft import HiddenDraft, HiddenDraftConfig
 from mtad.hidden_drafter import Ends
 
 CHECKPOINT_SECONDS = 60.0
 # Rows of which the scale of the target's last state is taken.
 _SCALE_ROWS = 64
+
+_Shape = TypeVar("_Shape", Shape, HiddenDraftConfig)
 
 
 def train(
@@ -62,7 +65,8 @@ def train(
 
     Raises:
         ConfigError: recipe, target and start do not fit together.
-        DistillError: the checkpoint is damaged or of another run, or the loss is no number.
+        DistillError: the checkpoint is damaged or of another run, or the loss is no number; the
+            message says whether a shard is to blame.
         Cancelled: a checkpoint was written.
     """
     watch = watch or Watch()
@@ -73,14 +77,15 @@ def train(
     identity = {
         # The first that differs is named, and another target writes another corpus.
         "target": target.digest,
-        "recipe": fingerprint(recipe.draft, training, recipe.seed),
+        "recipe": fingerprint(_without_copying(recipe.draft), training, recipe.seed),
         "corpus": corpus.digest,
         "start": "" if start is None else checkpoint.digest_of(start.state_dict()),
     }
     at = checkpoint.Progress()
-    if path.exists():
-        at = checkpoint.load(path, draft, learner.optimizer, identity)
     steps = total_steps(training, corpus.num_rows)
+    if path.exists():
+        at = checkpoint.load(path, draft, learner.optimizer, identity, steps)
+    evaluated = len(at.curve)
     step_tokens = training.batch_rows * corpus.row_tokens
     began = time.monotonic() - at.seconds
 
@@ -108,10 +113,9 @@ def train(
                 watch.check()
                 loss = learner.step(next(source), at.step, steps)
                 if not math.isfinite(loss):
-                    raise DistillError(
-                        f"The loss became {loss} at step {at.step}. Lower training.learning_rate"
-                        f" ({training.learning_rate:g}), or raise training.warmup_steps."
-                    )
+                    rows = rows_of(recipe, corpus.num_rows, at.step)
+                    what = f"The loss became {loss} at step {at.step}"
+                    raise _not_finite(what, corpus, rows, training)
                 at.loss_sum += loss
                 at.step += 1
                 done = (at.step * step_tokens, steps * step_tokens)
@@ -121,7 +125,8 @@ def train(
         except Cancelled:
             keep()
             raise
-    keep()
+    if len(at.curve) > evaluated:  # else nothing was left to do
+        keep()
     return draft, at
 
 
@@ -181,7 +186,11 @@ class Learner:
         torch.set_num_threads(torch.get_num_threads())
 
     def evaluate(self, watch: Watch) -> dict[str, list[float]]:
-        """`alpha` and `alpha_warped` by depth, means over the answers in the held-out rows."""
+        """`alpha` and `alpha_warped` by depth, means over the answers in the held-out rows.
+
+        Raises:
+            DistillError: one of them is no number.
+        """
         total = self._training.held_out_rows
         sums: Any = 0
         for first in range(0, total, self._training.batch_rows):
@@ -193,6 +202,9 @@ class Learner:
                 )
             watch.progress("evaluate", rows.stop, total, "")
         means = (sums[:, :2] / sums[:, 2:].clamp(min=1)).T.tolist()
+        if not all(math.isfinite(mean) for mean in sum(means, [])):
+            what = "The overlap with the target is no number"
+            raise _not_finite(what, self._corpus, range(total), self._training)
         return {"alpha": means[0], "alpha_warped": means[1]}
 
     def _autocast(self) -> torch.autocast:
@@ -209,6 +221,7 @@ def new_draft(
 
     Raises:
         ConfigError: `start` has another shape than the recipe says.
+        DistillError: a shard is damaged.
     """
     held_out = recipe.training.held_out_rows
     token_ids = corpus.frequent_tokens(recipe.draft.head_tokens, target.ends, held_out)
@@ -217,7 +230,7 @@ def new_draft(
         torch.manual_seed(recipe.seed)
         draft = HiddenDraft(config, token_ids)
     if start is not None:
-        if start.config != config:
+        if _without_copying(start.config) != _without_copying(config):
             raise ConfigError(
                 f"The draft to start from has the shape {start.config}, but the recipe asks for"
                 f" {config}. Change the recipe's part draft, or start anew."
@@ -225,10 +238,27 @@ def new_draft(
         draft.load_state_dict(start.state_dict() | {"token_ids": token_ids})
         return draft.to(target.device)
     rows = range(held_out, min(held_out + _SCALE_ROWS, corpus.num_rows))
+    damage = corpus.damage(rows)
+    if damage:
+        raise DistillError(damage)
     state = corpus.batch(rows).hidden[..., -target.hidden_size :].float()
     with torch.no_grad():
         draft.norm.copy_(state.square().mean((0, 1)).sqrt())
     return draft.to(target.device)
+
+
+def _without_copying(shape: _Shape) -> _Shape:
+    """What training depends on: the copy weights only matter when the draft is used."""
+    return dataclasses.replace(shape, copy_weights=())
+
+
+def _not_finite(what: str, corpus: Corpus, rows: Iterable[int], training: Training) -> DistillError:
+    """Blames a damaged shard if one of the rows is of one, else the learning rate."""
+    return DistillError(
+        corpus.damage(rows)
+        or f"{what}. Lower training.learning_rate ({training.learning_rate:g}), or raise"
+        " training.warmup_steps."
+    )
 
 
 def total_steps(training: Training, num_rows: int) -> int:
@@ -288,7 +318,7 @@ def moved(batch: Shard, device: torch.device) -> Shard:
 
 def describe(point: dict[str, Any], steps: int) -> str:
     """One line about a point of the learning curve."""
-    loss = "untrained" if point["loss"] is None else f"loss {point['loss']:.3f}"
+    loss = "before training" if point["loss"] is None else f"loss {point['loss']:.3f}"
     alpha, warped = (
         " ".join(f"{value:.3f}" for value in point[name]) for name in ("alpha", "alpha_warped")
     )

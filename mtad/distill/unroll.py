@@ -9,8 +9,9 @@ drafting has in its cache: depth 0 up to where the line began, then the line's o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,10 @@ from mtad.distill.writing import Origin, Shard
 from mtad.hidden_draft import HiddenDraft, Past
 from mtad.hidden_drafter import Ends
 from mtad.sampling import warp
+
+# Rows of logits at a time: as many as a core's cache holds, or a GPU computes at once.
+_PIECE_ROWS = 128
+_PIECE_ROWS_GPU = 4096
 
 
 def mask(length: int, depth: int, device: torch.device) -> Tensor:
@@ -95,9 +100,9 @@ class Goal:
             pick(batch.hidden[..., -size:]).float(),
         )
 
-    def mean(self, values: Tensor) -> Tensor:
-        """The weighted mean of [N] values; 0 if nothing counts."""
-        return (values * self.weights).sum() / self.weights.sum().clamp(min=1e-6)
+    def rows(self, start: int, stop: int) -> Goal:
+        """The goal of some of the indices."""
+        return Goal(**{name: values[start:stop] for name, values in vars(self).items()})
 
     def in_columns(self, logprobs: Tensor) -> Tensor:
         """[N, head] log-probabilities → [N, K] those of the target's tokens, −∞ for no column."""
@@ -133,22 +138,61 @@ def loss(
     by_origin = torch.tensor([0.0, training.question_weight, 1.0], device=columns.device)
     size = draft.config.hidden_size
     scale = batch.hidden[..., -size:].float().std()
+    feature_weight = training.feature_weight * feature_share
     total = torch.zeros((), device=columns.device)
     depths = [training.depth_decay**depth for depth in range(training.depths)]
     for depth, states in enumerate(unroll(draft, ends, batch, training.depths)):
         goal = Goal.of(batch, depth, by_origin, columns, size)
         head_input = draft.head_input(states.flatten(0, 1)[goal.index].float())
-        draft_logprobs = goal.in_columns(logits(ends, head_input).log_softmax(-1))
-        values = weighted(
-            training.losses, goal.logprobs, draft_logprobs, training.warp_top_k, training.warp_top_p
-        )
-        if training.feature_weight * feature_share:
-            distance = F.smooth_l1_loss(
-                head_input / scale, goal.state / scale, reduction="none"
-            ).mean(-1)
-            values = values + training.feature_weight * feature_share * distance
-        total = total + depths[depth] / sum(depths) * goal.mean(values)
+
+        def missed(piece: Tensor, goal: Goal) -> Tensor:
+            draft_logprobs = goal.in_columns(logits(ends, piece).log_softmax(-1))
+            values = weighted(
+                training.losses,
+                goal.logprobs,
+                draft_logprobs,
+                training.warp_top_k,
+                training.warp_top_p,
+            )
+            if feature_weight:
+                distance = F.smooth_l1_loss(piece / scale, goal.state / scale, reduction="none")
+                values = values + feature_weight * distance.mean(-1)
+            return (values * goal.weights).sum()
+
+        share = depths[depth] / sum(depths) / goal.weights.sum().clamp(min=1e-6)
+        sum_of = _InPieces.apply(head_input, goal, missed)  # type: ignore[no-untyped-call]
+        total = total + share * sum_of
     return total
+
+
+class _InPieces(torch.autograd.Function):
+    """A sum over rows, taken with its gradient a few rows at a time.
+
+    Logits are the widest thing in training by far: so they stay in a CPU's cache, and never
+    are all in memory at once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, goal: Goal, function: Callable[[Tensor, Goal], Tensor]
+    ) -> Tensor:
+        """The sum of `function` over pieces of [N, H] rows and of their goal."""
+        total, gradient = rows.new_zeros(()), torch.empty_like(rows)
+        size = _PIECE_ROWS if rows.device.type == "cpu" else _PIECE_ROWS_GPU
+        for start in range(0, rows.shape[0], size):
+            with torch.enable_grad():
+                piece = rows[start : start + size].detach().requires_grad_()
+                value = function(piece, goal.rows(start, start + size))
+            total += value.detach()
+            gradient[start : start + size] = torch.autograd.grad(value, piece)[0]
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """The gradient was taken on the way."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * grads[0], None, None
 
 
 @torch.no_grad()

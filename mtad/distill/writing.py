@@ -307,7 +307,7 @@ def write_shard(
         hidden = torch.cat([output.hidden_states[layer][:, -1] for layer in target_layers], -1)
         logits = output.logits[:, -1].float()
         values, ids = logits.topk(writing.top)
-        values = values - logits.logsumexp(-1, keepdim=True)
+        values = (values - logits.logsumexp(-1, keepdim=True)).clamp(max=0)  # rounding
         warp = table[[first[stream.origin] + stream.sampling for stream in streams]]
         choice = sample_top(values, warp[:, 0], warp[:, 1], warp[:, 2], generator)
         sampled = ids.gather(1, choice.unsqueeze(1)).squeeze(1).tolist()
