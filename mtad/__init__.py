@@ -18,6 +18,8 @@ from mtad.version import __version__
 if TYPE_CHECKING:
     from mtad import verify
     from mtad.draft import Drafter
+    from mtad.draft_files import load_draft
+    from mtad.hidden_draft import HiddenDraft
     from mtad.pairs import ModelPair, load_pair
     from mtad.runner import run, stream
 
@@ -26,6 +28,7 @@ __all__ = [
     "Decision",
     "Drafter",
     "EnergyReading",
+    "HiddenDraft",
     "MethodInfo",
     "ModelPair",
     "MtadError",
@@ -33,6 +36,7 @@ __all__ = [
     "Summary",
     "Trace",
     "__version__",
+    "load_draft",
     "load_pair",
     "methods",
     "run",
@@ -42,7 +46,9 @@ __all__ = [
 
 _LATE = {
     "Drafter": "mtad.draft",
+    "HiddenDraft": "mtad.hidden_draft",
     "ModelPair": "mtad.pairs",
+    "load_draft": "mtad.draft_files",
     "load_pair": "mtad.pairs",
     "run": "mtad.runner",
     "stream": "mtad.runner",

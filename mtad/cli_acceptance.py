@@ -40,7 +40,14 @@ from mtad.cli_acceptance_table import (
     notes,
     rich_tables,
 )
-from mtad.cli_generate import DeviceOption, DtypeOption, PairOption, check_method, load
+from mtad.cli_generate import (
+    DeviceOption,
+    DraftOption,
+    DtypeOption,
+    PairOption,
+    check_method,
+    load,
+)
 from mtad.cli_io import (
     UsageError,
     check_separate,
@@ -97,10 +104,7 @@ class Outcome:
 def acceptance(
     config: DecodeConfig,
     pair: PairOption = "smollm2",
-    draft: Annotated[
-        Path | None,
-        typer.Option(help="Folder of a draft of mtad distill, in place of the pair's own."),
-    ] = None,
+    draft: DraftOption = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="Prompt set, as for compare. Default: the held-out prompts."),
@@ -134,7 +138,10 @@ def acceptance(
         bool, typer.Option("--markdown", help="Print the tables as Markdown.")
     ] = False,
 ) -> None:
-    """Measure a pair on held-out prompts: tokens a pass and perplexity, with intervals."""
+    """Measure a pair on held-out prompts: tokens a pass and perplexity, with intervals.
+
+    All prompts with all settings take hours on a CPU: begin with --limit 7, and keep --records.
+    """
     settings = _settings(methods, gammas, thresholds, config)
     tasks = _tasks(prompts, limit)
     check_separate({"--prompts": prompts or HELD_OUT, "--records": records, "--json": json_file})
@@ -142,9 +149,7 @@ def acceptance(
         if file is not None:
             check_writable(file)
     with locked(records) if records is not None else contextlib.nullcontext():
-        models = load(pair, device, dtype)
-        if draft is not None:
-            models = _with_draft(models, draft)
+        models = load(pair, device, dtype, draft)
         outcome = _measure(models, config, settings, tasks, records)
     outcome.found = rows(
         outcome.records, settings, costs=outcome.costs, beam_width=config.beam_width
@@ -199,15 +204,6 @@ def _tasks(file: Path | None, limit: int | None) -> list[Task]:
         raise UsageError("This installation has no held-out prompts. Name some with --prompts.")
     asked = read_prompts(file or HELD_OUT)
     return spread([Task(one.id, one.kind, one.request()) for one in asked], limit)
-
-
-def _with_draft(models: Any, folder: Path) -> Any:
-    from mtad.draft_files import load_draft
-
-    found = load_draft(folder, models.target, models.device, models.dtype)
-    return dataclasses.replace(
-        models, draft=found, draft_name=folder.name, draft_revision="", draft_note="", notes=()
-    )
 
 
 def _measure(

@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mtad.catalogue import methods as catalogue
 from mtad.cli_generate import (
     DeviceOption,
+    DraftOption,
     DtypeOption,
     PairOption,
     check_method,
@@ -90,6 +91,7 @@ def compare(
     ] = None,
     repeats: Annotated[int, typer.Option(help="Runs of each method and prompt. 1 to 1000.")] = 1,
     pair: PairOption = "smollm2",
+    draft: DraftOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Apply no chat template.")] = False,
@@ -116,7 +118,7 @@ def compare(
 
     from mtad.runner import run
 
-    models = load(pair, device, dtype)
+    models = load(pair, device, dtype, draft)
     err = console(sys.stderr)
     with stop_on_interrupt() as stop:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +29,10 @@ from mtad.terminal import clean, console, header_lines, legend, step_text, summa
 from mtad.trace import Step, Trace
 
 PairOption = Annotated[str, typer.Option("--pair", help="Models; see `mtad pairs`.")]
+DraftOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder of a draft of mtad distill, in place of the pair's own."),
+]
 DeviceOption = Annotated[
     str | None,
     typer.Option(help="cpu, cuda, cuda:1 … Default: the fastest that there is."),
@@ -49,6 +54,7 @@ def generate(
         str, typer.Option("--method", "-m", help="Decoding method; see `mtad methods`.")
     ] = "mtad",
     pair: PairOption = "smollm2",
+    draft: DraftOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     prompt_file: Annotated[
@@ -89,7 +95,7 @@ def generate(
 
     from mtad.runner import stream
 
-    models = load(pair, device, dtype)
+    models = load(pair, device, dtype, draft)
     out = console(sys.stdout)
     with stop_on_interrupt() as stop:
         events = stream(
@@ -131,12 +137,20 @@ def as_prompt(text: str, *, system: str | None = None, raw: bool = False) -> dic
     return {"prompt": text}
 
 
-def load(pair: str, device: str | None, dtype: str | None) -> Any:
-    """The pair, loaded with a bar on stderr."""
+def load(pair: str, device: str | None, dtype: str | None, draft: Path | None) -> Any:
+    """The pair, loaded with a bar on stderr; with the draft of a folder, if one is given."""
+    from mtad.draft_files import load_draft
     from mtad.pairs import load_pair
 
     with loading(sys.stderr) as progress:
-        return load_pair(pair, device=device, dtype=dtype, progress=progress)
+        models = load_pair(pair, device=device, dtype=dtype, progress=progress)
+    if draft is None:
+        return models
+    found = load_draft(draft, models.target)
+    name = draft.resolve().name
+    return dataclasses.replace(
+        models, draft=found, draft_name=name, draft_revision="", draft_note="", notes=()
+    )
 
 
 def _print_events(events: Iterable[Step | Trace], out: Console, *, show: bool) -> Trace:

@@ -90,20 +90,23 @@ def is_draft(file: Path) -> bool:
 
 
 def load_draft(
-    folder: Path, target: PreTrainedModel, device: torch.device, dtype: torch.dtype
+    folder: str | Path,
+    target: PreTrainedModel,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> HiddenDraft:
     """Reads what `save_draft` wrote.
 
     Args:
         folder: that holds draft.safetensors.
         target: the model that the draft is to work for.
-        device: where the draft goes.
-        dtype: of its weights, once unpacked.
+        device: where the draft goes; None for the target's.
+        dtype: of its weights, once unpacked; None for the target's.
 
     Raises:
         PairError: no such file, not a draft, or a draft for a target of other sizes.
     """
-    file = folder / FILE_NAME
+    file = Path(folder) / FILE_NAME
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
@@ -125,7 +128,8 @@ def load_draft(
             f" {str(error)[:200].rstrip('.')}. Copy or make it again."
         ) from error
     check_draft(draft, target)
-    return draft.to(device, dtype).requires_grad_(False).eval()
+    draft.to(device or target.device, dtype or target.dtype)
+    return draft.requires_grad_(False).eval()
 
 
 def check_draft(draft: HiddenDraft, target: PreTrainedModel) -> None:

@@ -852,7 +852,8 @@ def test_distilling_raises_the_overlap(finished: Path, target: Target) -> None:
     card = (finished / "out" / "README.md").read_text(encoding="utf-8")
     assert f"| trained | {curve[-1]['alpha'][0]:.3f}, {curve[-1]['alpha_warped'][0]:.3f} |" in card
     assert "python -m mtad distill" in card and str(finished) not in card
-    assert max(map(len, card.partition("```")[0].splitlines())) <= 100
+    assert max(map(len, card.splitlines())) <= 100
+    assert read_recipe(finished / "out" / "recipe.json") == RECIPE
 
 
 def test_distilling_raises_the_block_efficiency(
@@ -966,6 +967,7 @@ def test_a_start_is_where_another_training_ended(
     assert report["start_tokens"] == ended["curve"][-1]["tokens"] == 60 * 192
     card = (tmp_path / "README.md").read_text(encoding="utf-8").replace("\n", " ")
     assert "the weights of out, which had seen 0.01 million tokens." in card
+    assert "--start out." in card and "Without out, leave --start out: training" in card
     # Of a draft that began with another, that one's tokens count as well.
     (work / CHECKPOINT).unlink()
     learn(target, BRIEF, work, tmp_path / "third", start=tmp_path)

@@ -24,6 +24,7 @@ from mtad.version import __version__
 
 REPORT = "report.json"
 CARD = "README.md"
+RECIPE = "recipe.json"
 
 
 def make_report(
@@ -74,8 +75,10 @@ def make_report(
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Writes report.json and README.md."""
-    write_text(folder / REPORT, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    """Writes report.json, recipe.json and README.md."""
+    for name, content in ((REPORT, report), (RECIPE, report["recipe"])):
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        write_text(folder / name, text + "\n")
     write_text(folder / CARD, card(report))
 
 
@@ -99,9 +102,18 @@ def card(report: dict[str, Any]) -> str:
     terms = " + ".join(f"{value:g} × {name}" for name, value in training["losses"].items() if value)
     seen = report["start_tokens"]
     seen = f", which had seen {seen / 1e6:.2f} million tokens" if seen is not None else ""
-    start = f" It began with the weights of {report['start']}{seen}." if report["start"] else ""
+    begun = report["start"]
+    start = f" It began with the weights of {begun}{seen}." if begun else ""
     preset = any(recipe["target"] == known.id for known in presets())
-    given = "" if preset else f" --target {target}"
+    options = "" if preset else f" --target PATH/TO/{target}"
+    options += f" --start {begun}" if begun else ""
+    anew = f" Without {begun}, leave --start out: training then begins anew." if begun else ""
+    copying = (
+        " In use, what followed the last words where they stood before gets a share of q: copying"
+        " is no part of the figures below."
+        if draft["copy_weights"]
+        else ""
+    )
     sections = {
         f"# A draft for {target}": (
             f"It proposes tokens that {target} verifies, in speculative and in multi-token assisted"
@@ -109,7 +121,7 @@ def card(report: dict[str, Any]) -> str:
             f" ({report['parameters'] / 1e6:.1f} M parameters, in 8 bits with a scale a row:"
             f" {FILE_NAME}) read the target's hidden states {layers} and write into the target's"
             f" own head, cut to the {draft['head_tokens']:,} tokens that are most frequent in"
-            " answers. Neither embedding nor head is stored."
+            f" answers; all others have q = 0. Neither embedding nor head is stored.{copying}"
         ),
         "## Data": (
             f"Written by the target itself: {corpus['tokens'] / 1e6:.2f} million tokens in"
@@ -130,14 +142,20 @@ def card(report: dict[str, Any]) -> str:
             f" {training['warp_top_p']:g} on both sides. {REPORT} holds the learning curve."
         ),
         _table(report): "",
-        "## How to remake it": (
-            f"Run python -m mtad distill recipe.json --work WORK --out OUT{given} with this recipe."
-            " The same hardware and versions give the same draft, others one very like it."
+        "## How to use it": (
+            "python -m mtad generate, compare and acceptance take it with --draft FOLDER; Python"
+            " code makes mtad.ModelPair(target, mtad.load_draft(FOLDER, target), tokenizer)."
         ),
-        f"```json\n{json.dumps(recipe, ensure_ascii=False)}\n```": (
-            f"Made on {report['date']} with mtad {versions['mtad']}, torch {versions['torch']} and"
-            f" transformers {versions['transformers']}. Licence:"
-            f" {license_name or 'see the target'}, as the target, which wrote the data."
+        "## How to remake it": (
+            f"Run python -m mtad distill {RECIPE} --work WORK --out OUT{options}. The same hardware"
+            f" and versions give the same draft, others one very like it.{anew} It was made on"
+            f" {report['date']} with mtad {versions['mtad']}, torch {versions['torch']} and"
+            f" transformers {versions['transformers']}."
+        ),
+        "## Licence": (
+            f"{license_name}, as the target, which wrote the data."
+            if license_name
+            else "That of the target, which wrote the data."
         ),
     }
     front = (

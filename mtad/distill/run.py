@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mtad.distill.card import CARD, REPORT, make_report, write_report
+from mtad.distill.card import CARD, RECIPE, REPORT, make_report, write_report
 from mtad.distill.corpus import Corpus, open_corpus, write_corpus
 from mtad.distill.files import DistillError, Watch, locked
 from mtad.distill.recipe import Recipe
@@ -84,7 +84,7 @@ def check_out(out: Path, start: Path | None = None) -> None:
         with tempfile.TemporaryFile(dir=out):
             pass
         ours = is_draft(out / FILE_NAME)
-        files = [out / name for name in (FILE_NAME, CARD, REPORT)]
+        files = [out / name for name in (FILE_NAME, CARD, RECIPE, REPORT)]
         foreign = [each.name for each in files if each.is_dir() or (each.exists() and not ours)]
     except OSError as error:
         raise DistillError(f"{out} cannot be used: {error.strerror or error}. {other}.") from error
