@@ -184,6 +184,7 @@ def _lines(say: Callable[[str], None]) -> Report:
         speed = (done - before) / max(now - began, 1e-9)
         left = int((total - done) / speed)
         clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-        say(f"{_STAGES[stage]}: {done / total:.1%}, {speed:,.0f}/s, {clock} left, {note}")
+        line = f"{_STAGES[stage]}: {done / total:.1%}, {speed:,.0f}/s, {clock} left"
+        say(f"{line}, {note}" if note else line)
 
     return report

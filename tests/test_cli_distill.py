@@ -161,7 +161,7 @@ def test_a_stage_that_begins_again_is_timed_again(monkeypatch: pytest.MonkeyPatc
     report("evaluate", 8, 64, "")
     now += 10
     report("evaluate", 16, 64, "")
-    assert lines[-1] == "Evaluating: 25.0%, 1/s, 0:01:00 left, "
+    assert lines[-1] == "Evaluating: 25.0%, 1/s, 0:01:00 left"
 
 
 def test_a_terminal_gets_bars_and_no_markup() -> None:
