@@ -679,7 +679,7 @@ def talking(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     made = ModelPair(tiny(), tiny(seed=1), tokenizer, notes=("a tiny pair",))
-    monkeypatch.setattr(cli_acceptance, "load", lambda *_: made)
+    monkeypatch.setattr("mtad.pairs.load_pair", lambda *_, **__: made)
     file = tmp_path / "prompts.jsonl"
     turns = [{"role": "user", "content": "w1 w2"}]
     lines: Sequence[dict[str, Any]] = [
