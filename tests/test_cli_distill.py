@@ -111,7 +111,11 @@ def test_ctrl_c_keeps_everything(
             2,
             "the draft to start from",
         ),
-        (["RECIPE", "--work", "w", "--out", "."], 2, "README.md, but not of a draft"),
+        (
+            ["RECIPE", "--work", "w", "--out", "."],
+            2,
+            "README.md and recipe.json, but not of a draft",
+        ),
         (["RECIPE", "--work", "w", "--out", "o", "--device", "tpu"], 1, "device is 'tpu'"),
         (["RECIPE", "--work", "w", "--out", "o", "--target", "./absent"], 1, "./absent"),
         (["RECIPE", "--work", "w", "--out", "o", "--set", "target=gpt"], 1, "gpt"),
