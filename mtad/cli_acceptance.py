@@ -231,11 +231,7 @@ def _run(outcome: Outcome, models: Any, file: RecordFile | None) -> None:
     todo = jobs(outcome.tasks, outcome.settings, outcome.records, outcome.config.seed)
     with stop_on_interrupt() as stop:
         try:
-            try:
-                outcome.costs = _costs(outcome, models, stop, err)
-            except PairError as error:
-                outcome.notes += (f"There is no score. {error}",)
-                err.print(clean(f"Without a score: {error}"), soft_wrap=True)
+            outcome.costs = _costs(outcome, models, stop, err)
             with _progress(err, outcome.planned, len(todo)) as say:
                 for record in sweep(models, todo, outcome.config, stop):
                     if file is not None:
@@ -249,20 +245,26 @@ def _run(outcome: Outcome, models: Any, file: RecordFile | None) -> None:
         outcome.interrupted |= stop.is_set()
 
 
-def _costs(outcome: Outcome, models: Any, stop: threading.Event, err: Console) -> Costs:
+def _costs(outcome: Outcome, models: Any, stop: threading.Event, err: Console) -> Costs | None:
+    """None, and a note that says why, where the pair does not let them be measured."""
     from mtad.acceptance.costs import measure_costs
 
     width = outcome.config.beam_width
     passes = needed_passes(outcome.settings, width)
-    with err.status("") if err.is_terminal else contextlib.nullcontext() as status:
-        if status is None:
-            err.print("Measuring what the passes cost.")
+    try:
+        with err.status("") if err.is_terminal else contextlib.nullcontext() as status:
+            if status is None:
+                err.print("Measuring what the passes cost.")
 
-        def show(done: int, total: int) -> None:
-            if status is not None:
-                status.update(f"Measuring what the passes cost: {done} of {total}")
+            def show(done: int, total: int) -> None:
+                if status is not None:
+                    status.update(f"Measuring what the passes cost: {done} of {total}")
 
-        return measure_costs(models, passes, width, cancel=stop, progress=show)
+            return measure_costs(models, passes, width, cancel=stop, progress=show)
+    except PairError as error:
+        outcome.notes += (f"There is no score. {error}",)
+        err.print(clean(f"Without a score: {error}"), soft_wrap=True)
+        return None
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import Any
 
 from mtad.errors import MtadError, PromptError, TraceError
+from mtad.fields import is_text
 from mtad.trace import MAX_TRACE_BYTES, Trace
 
 MAX_PROMPT_FILE_BYTES = 16 * 1024 * 1024
@@ -151,7 +152,7 @@ def _parse_line(file: Path, count: int, line: str) -> Prompt:
     texts = [("id", found.id), ("kind", found.kind), ("prompt", text)]
     for name, value in [*texts, *(("messages", content) for _, content in turns)]:
         # JSON can spell a lone surrogate, but neither a tokenizer nor a UTF-8 file takes it.
-        if value.encode(errors="ignore").decode() != value:
+        if not is_text(value):
             raise PromptError(
                 f'{file}, line {count}: "{name}" holds half of a character (a lone surrogate).'
                 " Remove it."

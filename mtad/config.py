@@ -12,7 +12,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mtad.errors import ConfigError
+from mtad.fields import is_text, is_whole, refuse
 
 MAX_NEW_TOKENS = 131_072
 # The CPU's generator reads the lowest 32 bits only: beyond them seeds would repeat.
@@ -96,7 +96,7 @@ class DecodeConfig:
         self._float("typical_epsilon", 0.0, 1.0, above=True)
         self._float("typical_delta", 0.0, 1.0, above=True)
         if self.search not in ("beam", "exact"):
-            self._refuse("search", self.search, '"beam" or "exact"')
+            refuse("search", self.search, '"beam" or "exact"')
         self._float("joint_temperature", 0.001, 100.0, or_zero=True)
         self._int("node_budget", 1, 65_536)
         self._bool("ignore_eos")
@@ -108,15 +108,8 @@ class DecodeConfig:
             return self
         return dataclasses.replace(self, num_draft_tokens=default)
 
-    def _refuse(self, name: str, value: object, allowed: str) -> None:
-        try:
-            shown = repr(value)
-        except ValueError:  # Python writes no whole number of more than 4,300 digits
-            shown = "a number of thousands of digits"
-        if len(shown) > 60:
-            shown = shown[:57] + "..."
-        raise ConfigError(f"{name} is {shown}, but must be {allowed}.")
-
+    # Not `FieldCheck`, which knows what JSON holds: here numpy's and torch's numbers come in too,
+    # and are made plain ones.
     def _int(self, name: str, low: int, high: int, extra: str = "") -> None:
         value: Any = getattr(self, name)
         allowed = f"a whole number from {low} to {high}{extra}"
@@ -125,7 +118,7 @@ class DecodeConfig:
         except TypeError:
             number = low - 1
         if not low <= number <= high:
-            self._refuse(name, value, allowed)
+            refuse(name, value, allowed)
         object.__setattr__(self, name, number)
 
     def _float(
@@ -141,26 +134,26 @@ class DecodeConfig:
             number = math.nan
         inside = (low < number if above else low <= number) or (or_zero and number == 0.0)
         if not (math.isfinite(number) and inside and number <= high):
-            self._refuse(name, value, allowed)
+            refuse(name, value, allowed)
         object.__setattr__(self, name, number)
 
     def _bool(self, name: str) -> None:
         if not isinstance(getattr(self, name), bool):
-            self._refuse(name, getattr(self, name), "True or False")
+            refuse(name, getattr(self, name), "True or False")
 
     def _k_config(self) -> None:
         value: Any = self.k_config
         allowed = "1 to 8 whole numbers from 1 to 16, such as (4, 2, 2), with at most 1024 nodes"
         if not isinstance(value, (tuple, list)) or not 1 <= len(value) <= 8:
-            self._refuse("k_config", value, allowed)
-        if any(isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= 16 for k in value):
-            self._refuse("k_config", value, allowed)
+            refuse("k_config", value, allowed)
+        if not all(is_whole(k) and 1 <= k <= 16 for k in value):
+            refuse("k_config", value, allowed)
         width, nodes = 1, 0
         for k in value:
             width *= k
             nodes += width
         if nodes > 1024:
-            self._refuse("k_config", value, allowed)
+            refuse("k_config", value, allowed)
         object.__setattr__(self, "k_config", tuple(value))
 
     def _stop(self) -> None:
@@ -169,9 +162,9 @@ class DecodeConfig:
             value = (value,)
         allowed = f"at most {MAX_STOP_STRINGS} non-empty strings"
         if not isinstance(value, (tuple, list)) or len(value) > MAX_STOP_STRINGS:
-            self._refuse("stop", value, allowed)
+            refuse("stop", value, allowed)
         if any(not isinstance(text, str) or not text for text in value):
-            self._refuse("stop", value, allowed)
-        if any(text.encode(errors="ignore").decode() != text for text in value):
-            self._refuse("stop", value, f"{allowed} of whole characters (no lone surrogates)")
+            refuse("stop", value, allowed)
+        if not all(is_text(text) for text in value):
+            refuse("stop", value, f"{allowed} of whole characters (no lone surrogates)")
         object.__setattr__(self, "stop", tuple(value))

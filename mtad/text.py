@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 
 from mtad.errors import PromptError
+from mtad.fields import is_text
 
 _ROLES = ("system", "user", "assistant")
 _UNFINISHED = "\ufffd"
@@ -84,7 +85,7 @@ def _checked_id(token: object) -> int:
 def _check_text(text: object, name: str) -> str:
     if not isinstance(text, str):
         raise PromptError(f"{name} is {type(text).__name__}, but must be text.")
-    if text.encode(errors="ignore").decode() != text:
+    if not is_text(text):
         raise PromptError(f"{name} holds half of a character (a lone surrogate). Remove it.")
     return text
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mtad.config import MAX_SEED
 from mtad.errors import ConfigError
+from mtad.fields import FieldCheck, is_number, is_text, is_whole
 
 MAX_RECIPE_BYTES = 1024 * 1024
 
@@ -63,7 +63,7 @@ class Writing:
     openers: tuple[str, ...] = ("",)
 
     def __post_init__(self) -> None:
-        check = _Check(self, "writing")
+        check = FieldCheck(self, "writing")
         check.whole("shards", 1, 100_000)
         check.whole("rows", 1, 65_536)
         check.whole("row_tokens", 8, 131_072)
@@ -76,12 +76,12 @@ class Writing:
             triples = check.items(name, 1, 64, "lists of [temperature, top_k, top_p]")
             check.put(name, tuple(self._sampling(check, name, triple) for triple in triples))
         openers = check.items("openers", 1, 4096, "strings")
-        if not all(_is_text(opener) for opener in openers):
+        if not all(is_text(opener) for opener in openers):
             check.refuse("openers", self.openers, "a list of strings without lone surrogates")
         check.put("openers", openers)
 
     @staticmethod
-    def _sampling(check: _Check, name: str, triple: Any) -> Sampling:
+    def _sampling(check: FieldCheck, name: str, triple: Any) -> Sampling:
         allowed = (
             "lists of [temperature from 0.01 to 100, top_k from 1 to 1024, top_p above 0 and at"
             " most 1]"
@@ -90,11 +90,11 @@ class Writing:
             check.refuse(name, triple, allowed)
         temperature, top_k, top_p = triple
         if not (
-            _is_number(temperature)
+            is_number(temperature)
             and 0.01 <= temperature <= 100
-            and _is_whole(top_k)
+            and is_whole(top_k)
             and 1 <= top_k <= 1024
-            and _is_number(top_p)
+            and is_number(top_p)
             and 0 < top_p <= 1
         ):
             check.refuse(name, triple, allowed)
@@ -127,10 +127,10 @@ class Shape:
     copy_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        check = _Check(self, "draft")
+        check = FieldCheck(self, "draft")
         allowed = "ascending whole numbers from 0, such as [8, 16, 24, 30]"
         layers = check.items("target_layers", 1, 16, allowed)
-        rises = all(_is_whole(layer) and layer >= 0 for layer in layers)
+        rises = all(is_whole(layer) and layer >= 0 for layer in layers)
         if not rises or list(layers) != sorted(set(layers)):
             check.refuse("target_layers", layers, allowed)
         check.put("target_layers", layers)
@@ -154,7 +154,7 @@ class Losses:
     warped: float = 0.0
 
     def __post_init__(self) -> None:
-        check = _Check(self, "training.losses")
+        check = FieldCheck(self, "training.losses")
         for term in dataclasses.fields(self):
             check.number(term.name, 0.0, 1000.0)
         if not any(dataclasses.astuple(self)):
@@ -215,7 +215,7 @@ class Training:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        check = _Check(self, "training")
+        check = FieldCheck(self, "training")
         check.number("epochs", 0.0, 100_000.0, above=True)
         check.whole("batch_rows", 1, 65_536)
         check.whole("parts", 1, self.batch_rows)
@@ -229,7 +229,7 @@ class Training:
         check.number("final_rate", 0.0, 1.0)
         check.whole("warmup_steps", 0, 1_000_000)
         betas = check.items("betas", 2, 2, "two numbers")
-        if not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
+        if not all(is_number(beta) and 0 <= beta < 1 for beta in betas):
             check.refuse("betas", self.betas, "two numbers from 0 to below 1")
         check.put("betas", tuple(float(beta) for beta in betas))
         check.number("weight_decay", 0.0, 1.0)
@@ -265,12 +265,12 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check = _Check(self, "")
-        if not _is_text(self.target) or not self.target:
+        check = FieldCheck(self)
+        if not is_text(self.target) or not self.target:
             check.refuse("target", self.target, "the id of a pair; see `mtad pairs`")
         check.whole("seed", 0, MAX_SEED - self.writing.shards)
         training, writing = self.training, self.writing
-        _Check(training, "training").whole("warp_top_k", 1, writing.top)
+        FieldCheck(training, "training").whole("warp_top_k", 1, writing.top)
         total = writing.shards * writing.rows
         if training.held_out_rows + training.batch_rows > total:
             raise ConfigError(
@@ -371,52 +371,3 @@ def _make(kind: Any, values: dict[str, Any], prefix: str) -> Any:
         if needed and name not in values:
             raise ConfigError(f"{prefix}{name} is missing from the recipe. Add it.")
     return kind(**values)
-
-
-class _Check:
-    """Checks the fields of one frozen dataclass, and puts in what they come to."""
-
-    def __init__(self, part: Any, prefix: str) -> None:
-        self._part = part
-        self._prefix = f"{prefix}." if prefix else ""
-
-    def refuse(self, name: str, value: object, allowed: str) -> NoReturn:
-        shown = repr(value)
-        shown = shown if len(shown) <= 60 else shown[:57] + "..."
-        raise ConfigError(f"{self._prefix}{name} is {shown}, but must be {allowed}.")
-
-    def put(self, name: str, value: object) -> None:
-        object.__setattr__(self._part, name, value)
-
-    def whole(self, name: str, low: int, high: int) -> None:
-        value = getattr(self._part, name)
-        if not _is_whole(value) or not low <= value <= high:
-            self.refuse(name, value, f"a whole number from {low} to {high}")
-
-    def number(self, name: str, low: float, high: float, *, above: bool = False) -> None:
-        value = getattr(self._part, name)
-        inside = _is_number(value) and (low < value if above else low <= value) and value <= high
-        if not inside:
-            span = f"above {low:g} and at most" if above else f"from {low:g} to"
-            self.refuse(name, value, f"a number {span} {high:g}")
-        self.put(name, float(value))
-
-    def items(self, name: str, least: int, most: int, what: str) -> tuple[Any, ...]:
-        value = getattr(self._part, name)
-        if not isinstance(value, (list, tuple)) or not least <= len(value) <= most:
-            count = str(least) if least == most else f"{least} to {most}"
-            self.refuse(name, value, f"a list of {count} items: {what}")
-        return tuple(value)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
-
-
-def _is_text(value: object) -> bool:
-    """True for a string of whole characters: a lone surrogate is none, and cannot be written."""
-    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
