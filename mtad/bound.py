@@ -85,7 +85,7 @@ def measure(pair: ModelPair, trace: Trace, index: int) -> Bound:
         raise ConfigError(f"Step {index} accepted no draft token, so there is nothing to bound.")
     before = [token for step in trace.steps[:index] for token in step.decision.emitted]
     context = [*trace.prompt_ids, *before]
-    target = CachedLM(pair.target, pair.vocab_size)
+    target = CachedLM(pair.engine_target, pair.vocab_size)
     eos_ids = () if trace.config.ignore_eos else pair.eos_token_ids
     eos = torch.tensor(eos_ids, dtype=torch.int64, device=target.device)
     prefix = torch.tensor(context, dtype=torch.int64, device=target.device)

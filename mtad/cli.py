@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 
 from mtad.catalogue import methods as catalogue
 from mtad.cli_acceptance import acceptance
+from mtad.cli_bench import bench
 from mtad.cli_compare import compare
 from mtad.cli_distill import distill
 from mtad.cli_generate import generate
@@ -190,6 +191,7 @@ app.command()(generate)
 app.command()(compare)
 app.command()(distill)
 app.command()(acceptance)
+app.command()(bench)
 
 
 def main() -> None:

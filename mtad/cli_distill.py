@@ -91,7 +91,7 @@ def distill(
 
     from mtad.distill import run
     from mtad.distill.files import DistillError, Watch
-    from mtad.distill.targets import fast_dtype, load_target
+    from mtad.distill.targets import load_target, writing_dtype
     from mtad.loading import dtype_name, resolve_device
 
     if phase is not Phase.write and out is not None:
@@ -100,7 +100,7 @@ def distill(
         except DistillError as error:
             raise UsageError(str(error)) from None
     place = resolve_device(device)
-    dtype, reason = fast_dtype(place)
+    dtype, reason = writing_dtype(place)
     err = console(sys.stderr)
     with stop_on_interrupt() as stop:
         with loading(sys.stderr) as progress:

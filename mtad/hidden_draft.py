@@ -13,14 +13,15 @@ Pure shapes and arithmetic: files are in `mtad.draft_files`, the walk along a tr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from mtad.errors import ConfigError
+from mtad.fields import FieldCheck, is_number, is_whole
 
 NORM_EPS = 1e-5
 _MAX_WIDTH = 65_536
@@ -57,48 +58,36 @@ class HiddenDraftConfig:
     copy_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("hidden_size", 2, _MAX_WIDTH),
-            ("num_layers", 1, 16),
-            ("num_heads", 1, _MAX_WIDTH),
-            ("num_key_value_heads", 1, _MAX_WIDTH),
-            ("mlp_size", 1, _MAX_WIDTH),
-        ):
-            value = getattr(self, name)
-            fits = _is_whole(value) and low <= value <= high
-            self._check(name, fits, f"a whole number from {low} to {high}")
+        check = FieldCheck(self)
+        check.whole("hidden_size", 2, _MAX_WIDTH)
+        check.whole("num_layers", 1, 16)
+        check.whole("num_heads", 1, _MAX_WIDTH)
+        check.whole("num_key_value_heads", 1, _MAX_WIDTH)
+        check.whole("mlp_size", 1, _MAX_WIDTH)
         width, heads = self.hidden_size, self.num_heads
-        allowed = f"so many that hidden_size ({width}) divides into heads of an even size"
-        self._check("num_heads", width % (2 * heads) == 0, allowed)
-        fits = heads % self.num_key_value_heads == 0
-        self._check("num_key_value_heads", fits, f"a divisor of num_heads ({heads})")
+        if width % (2 * heads):
+            allowed = f"so many that hidden_size ({width}) divides into heads of an even size"
+            check.refuse("num_heads", heads, allowed)
+        if heads % self.num_key_value_heads:
+            allowed = f"a divisor of num_heads ({heads})"
+            check.refuse("num_key_value_heads", self.num_key_value_heads, allowed)
         layers, weights, theta = self.target_layers, self.copy_weights, self.rope_theta
-        fits = _is_list(layers) and 1 <= len(layers) <= 16 and all(map(_is_whole, layers))
-        fits = fits and layers[0] >= 0 and list(layers) == sorted(set(layers))
-        self._check("target_layers", fits, "1 to 16 ascending whole numbers from 0")
-        fits = (_is_whole(theta) or isinstance(theta, float)) and 1 <= theta <= 1e12
-        self._check("rope_theta", fits, "a number from 1 to 1e12")
+        fits = _is_list(layers) and 1 <= len(layers) <= 16 and all(map(is_whole, layers))
+        if not fits or layers[0] < 0 or list(layers) != sorted(set(layers)):
+            check.refuse("target_layers", layers, "1 to 16 ascending whole numbers from 0")
+        if not is_number(theta) or not 1 <= theta <= 1e12:
+            check.refuse("rope_theta", theta, "a number from 1 to 1e12")
         fits = _is_list(weights) and len(weights) <= 16
-        fits = fits and all(
+        if not fits or not all(
             isinstance(weight, (int, float)) and 0 <= weight < 1 for weight in weights
-        )
-        self._check("copy_weights", fits, "at most 16 numbers from 0 to below 1")
-        object.__setattr__(self, "target_layers", tuple(layers))
-        object.__setattr__(self, "rope_theta", float(theta))
-        object.__setattr__(self, "copy_weights", tuple(float(weight) for weight in weights))
-
-    def _check(self, name: str, fits: bool, allowed: str) -> None:
-        if not fits:
-            shown = repr(getattr(self, name))
-            shown = shown if len(shown) <= 60 else shown[:57] + "..."
-            raise ConfigError(f"{name} is {shown}, but must be {allowed}.")
+        ):
+            check.refuse("copy_weights", weights, "at most 16 numbers from 0 to below 1")
+        check.put("target_layers", tuple(layers))
+        check.put("rope_theta", float(theta))
+        check.put("copy_weights", tuple(float(weight) for weight in weights))
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_list(value: Any) -> bool:
+def _is_list(value: object) -> bool:
     return isinstance(value, (list, tuple))
 
 
@@ -179,11 +168,15 @@ class HiddenDraft(nn.Module):
 
     def read_target(self, hidden: Tensor) -> Tensor:
         """The target's hidden states [..., F·H], joined into one state [..., H]."""
+        joined: Tensor = self.read(self.normalised(hidden))
+        return joined
+
+    def normalised(self, hidden: Tensor) -> Tensor:
+        """[..., F·H] with each of the F states scaled to a mean square of one and weighted."""
         count = len(self.config.target_layers)
         states = hidden.view(*hidden.shape[:-1], count, self.config.hidden_size)
         states = F.rms_norm(states, states.shape[-1:], eps=NORM_EPS)
-        joined: Tensor = self.read(states.view_as(hidden) * self.read_norm)
-        return joined
+        return states.view_as(hidden) * self.read_norm
 
     def forward(
         self,
@@ -226,3 +219,29 @@ class HiddenDraft(nn.Module):
         angles = positions.float().unsqueeze(1) / self.config.rope_theta**powers
         angles = torch.cat([angles, angles], -1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The target's own embedding and head, between which a `HiddenDraft` stands.
+
+    Attributes:
+        embed: [n] token ids → [n, H].
+        head: [K, H], the head's rows for the tokens that the draft can propose.
+        bias: [K], or None.
+    """
+
+    embed: Callable[[Tensor], Tensor]
+    head: Tensor
+    bias: Tensor | None
+
+    @staticmethod
+    def of(target: PreTrainedModel, token_ids: Tensor) -> Ends:
+        """Takes the rows of [K] tokens from a target's head."""
+        output = target.get_output_embeddings()
+        bias = getattr(output, "bias", None)
+        return Ends(
+            target.get_input_embeddings(),
+            output.weight.detach()[token_ids.to(output.weight.device)].to(token_ids.device),
+            None if bias is None else bias.detach()[token_ids.to(bias.device)].to(token_ids.device),
+        )

@@ -2,44 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from mtad import tree
 from mtad.errors import PairError
-from mtad.hidden_draft import HiddenDraft, Past
+from mtad.hidden_draft import Ends, HiddenDraft, Past
 from mtad.lm import PREFILL_CHUNK_TOKENS
 
 
-@dataclass(frozen=True)
-class Ends:
-    """The target's own embedding and head, between which a `HiddenDraft` stands.
+class DraftPasses(Protocol):
+    """A `HiddenDraft` with one cache, as an engine runs it; `HiddenDrafter` keeps the books.
 
     Attributes:
-        embed: [n] token ids → [n, H].
-        head: [K, H], the head's rows for the tokens that the draft can propose.
-        bias: [K], or None.
+        zeros: [0, H] of the device and the dtype of all states.
     """
 
-    embed: Callable[[Tensor], Tensor]
-    head: Tensor
-    bias: Tensor | None
+    zeros: Tensor
 
-    @staticmethod
-    def of(target: PreTrainedModel, token_ids: Tensor) -> Ends:
-        """Takes the rows of [K] tokens from a target's head."""
-        output = target.get_output_embeddings()
-        bias = getattr(output, "bias", None)
-        return Ends(
-            target.get_input_embeddings(),
-            output.weight.detach()[token_ids.to(output.weight.device)].to(token_ids.device),
-            None if bias is None else bias.detach()[token_ids.to(bias.device)].to(token_ids.device),
+    def read_target(self, hidden: Tensor) -> Tensor:
+        """The target's hidden states [n, F·H] → the states [n, H] that the draft reads."""
+
+    def forward(
+        self,
+        token_ids: Tensor,  # [n]
+        states: Tensor,  # [n, H]
+        positions: Tensor,  # [n]
+        length: int,
+        visible: Tensor,  # [n, nodes]
+        skipped: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Adds n tokens, the last of `nodes` slots that follow `length` slots.
+
+        `visible` says who sees which of the nodes. Returns the states [n, H] after them, and
+        logits [n − skipped, K] of all but the first.
+        """
+
+    def crop(self, length: int) -> None:
+        """Drops all slots from `length` on."""
+
+
+class RunnableDraft(Protocol):
+    """A `HiddenDraft` made ready for an engine, with weights that many runs may share."""
+
+    def passes(self) -> DraftPasses:
+        """It with an empty cache."""
+
+
+class EagerDraft:
+    """Any `HiddenDraft` through torch; see `RunnableDraft`."""
+
+    def __init__(self, draft: HiddenDraft, ends: Ends) -> None:
+        self.draft = draft
+        self.ends = ends
+
+    def passes(self) -> EagerDraftPasses:
+        """It with an empty cache."""
+        return EagerDraftPasses(self.draft, self.ends)
+
+
+class EagerDraftPasses:
+    """See `DraftPasses`."""
+
+    def __init__(self, draft: HiddenDraft, ends: Ends) -> None:
+        self._draft = draft
+        self._ends = ends
+        self._past: Past | None = None
+        self.zeros = draft.norm.new_zeros(0, draft.norm.shape[0])
+
+    def read_target(self, hidden: Tensor) -> Tensor:
+        """See `DraftPasses.read_target`."""
+        return self._draft.read_target(hidden.to(self.zeros))
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        states: Tensor,
+        positions: Tensor,
+        length: int,
+        visible: Tensor,
+        skipped: int,
+    ) -> tuple[Tensor, Tensor]:
+        """See `DraftPasses.forward`."""
+        hidden = torch.where(visible, 0.0, torch.finfo(self.zeros.dtype).min)
+        mask = F.pad(hidden, (length, 0)).to(self.zeros)
+        embedded = self._ends.embed(token_ids).to(self.zeros)
+        output, self._past = self._draft(
+            embedded.unsqueeze(0), states.unsqueeze(0), positions, mask, self._past
         )
+        found: Tensor = output[0]
+        wanted = self._draft.head_input(found[skipped:])
+        return found, F.linear(wanted, self._ends.head, self._ends.bias)
+
+    def crop(self, length: int) -> None:
+        """See `DraftPasses.crop`."""
+        if self._past is not None:
+            self._past = [
+                (keys[:, :, :length], values[:, :, :length]) for keys, values in self._past
+            ]
 
 
 class HiddenDrafter:
@@ -53,25 +116,24 @@ class HiddenDrafter:
     first, as the decoders do it.
     """
 
-    def __init__(self, draft: HiddenDraft, ends: Ends, vocab_size: int) -> None:
+    def __init__(self, draft: HiddenDraft, runnable: RunnableDraft, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.target_layers = draft.config.target_layers
-        self._draft = draft
-        self._ends = ends
-        self._like = draft.norm  # the dtype and the device of everything
+        self._token_ids = draft.token_ids
+        self._runnable = runnable
 
     def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
         """Reads [n] tokens, each with the target's state [n, F·H] of the token before it."""
         count = token_ids.shape[0]
-        self._past: Past | None = None
-        self._cached = 0  # committed tokens in `_past`
+        self._passes = self._runnable.passes()
+        self._cached = 0  # committed tokens in the draft's cache
         self._length = min(count, 1)  # committed tokens
-        # Committed tokens that are not yet in `_past`: the last ones of the text.
+        # Committed tokens that are not yet in it: the last ones of the text.
         self._unread = token_ids[:0]
         # The target's states from the token before `_unread` on, as far as they are known. There
         # is none before the first token of a text, so that token is not read; as the first
         # token of an empty prefix it is, with zeros.
-        self._states = self._like.new_zeros(1 - self._length, self._like.shape[0])
+        self._states = self._passes.zeros.new_zeros(1 - self._length, self._passes.zeros.shape[1])
         self._drop_nodes()
         if count == 0:
             return
@@ -85,33 +147,27 @@ class HiddenDrafter:
     def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor:
         """See `Drafter.next_logits`; tokens that the draft cannot propose get −∞."""
         if parents is not None:
-            states = self._read(token_ids, parents)
+            logits = self._read(token_ids, parents)
         else:
             # A chain is read at once as far as the target's states reach, then one by one.
             known = 0 if self._nodes else self._states.shape[0] - self._unread.shape[0]
             parts = [token_ids[:known], *token_ids[known:].unsqueeze(1)]
-            states = torch.cat([self._read(part, None) for part in parts if part.shape[0]])
-        logits = F.linear(self._draft.head_input(states), self._ends.head, self._ends.bias)
-        dense = logits.new_full((states.shape[0], self.vocab_size), -torch.inf)
-        return dense.index_copy_(1, self._draft.token_ids, logits)
+            logits = torch.cat([self._read(part, None) for part in parts if part.shape[0]])
+        dense = logits.new_full((logits.shape[0], self.vocab_size), -torch.inf)
+        return dense.index_copy_(1, self._token_ids, logits)
 
     def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         """See `Drafter.keep`."""
         self._take(target_hidden)
-        nodes = torch.arange(path, device=self._like.device) if isinstance(path, int) else path
-        # What was read with the target's states stays; the rest of the path is read again.
+        nodes = self._tokens[:path] if isinstance(path, int) else self._tokens[path]
+        # What was read with the target's states stays, the beginning of the path; the rest of
+        # it is read again.
         stay = min(nodes.shape[0], self._exact)
-        if self._past is not None:
-            index = torch.arange(self._cached + stay, device=nodes.device)
-            index[self._cached :] += nodes[:stay] - torch.arange(stay, device=nodes.device)
-            self._past = [
-                (keys.index_select(2, index), values.index_select(2, index))
-                for keys, values in self._past
-            ]
         self._cached += stay
+        self._passes.crop(self._cached)
         self._length += nodes.shape[0]
         self._states = self._states[stay:]
-        self._unread = torch.cat([self._unread, self._tokens[nodes[stay:]]])
+        self._unread = torch.cat([self._unread, nodes[stay:]])
         self._drop_nodes()
 
     def _take(self, target_hidden: Tensor | None) -> None:
@@ -120,8 +176,7 @@ class HiddenDrafter:
                 "This draft reads the target's hidden states, and was given none. Hand the states"
                 " of its target_layers to prefill and keep."
             )
-        states = self._draft.read_target(target_hidden.to(self._like))
-        self._states = torch.cat([self._states, states])
+        self._states = torch.cat([self._states, self._passes.read_target(target_hidden)])
 
     def _drop_nodes(self) -> None:
         self._nodes = 0
@@ -132,47 +187,44 @@ class HiddenDrafter:
         self._ancestors: Tensor | None = None
 
     def _read(self, token_ids: Tensor, parents: Tensor | None) -> Tensor:
-        """One pass over the unread tokens and n new nodes → the states [n, H] after the nodes."""
+        """One pass over the unread tokens and n new nodes → logits [n, K] after the nodes."""
         count, unread, old = token_ids.shape[0], self._unread.shape[0], self._nodes
-        states = self._states[unread:]
-        known = states[:0]
+        after = self._states[unread:]
+        known = after[:0]
         levels = 1
         if parents is not None:
-            above = torch.cat([states[:1], self._node_states])[parents + 1]
+            above = torch.cat([after[:1], self._node_states])[parents + 1]
         else:
-            above = self._node_states[-1:] if old else states[:count]
+            above = self._node_states[-1:] if old else after[:count]
             parents = torch.arange(old - 1, old - 1 + count, device=token_ids.device)
             levels = count
             if not old:
                 self._exact = count
-                known = states[1 : 1 + count]
+                known = after[1 : 1 + count]
         self._ancestors = tree.extend_ancestors(self._ancestors, parents, levels)
         depths = tree.node_depths(self._ancestors)[old:]
         before = torch.arange(self._length - unread, self._length, device=token_ids.device)
-        output, self._past = self._draft(
-            self._ends.embed(torch.cat([self._unread, token_ids])).to(self._like).unsqueeze(0),
-            torch.cat([self._states[:unread], above]).unsqueeze(0),
+        states, logits = self._passes.forward(
+            torch.cat([self._unread, token_ids]),
+            torch.cat([self._states[:unread], above]),
             torch.cat([before, self._length + depths]),
-            self._mask(unread, count),
-            self._past,
+            self._cached,
+            self._visible(unread, count),
+            unread,
         )
-        found: Tensor = output[0, unread:]
+        found = states[unread:]
         self._cached += unread
-        self._states, self._unread = states, self._unread[:0]
+        self._states, self._unread = after, self._unread[:0]
         self._nodes += count
         self._tokens = torch.cat([self._tokens, token_ids])
         self._node_states = torch.cat([self._node_states, known, found[known.shape[0] :]])
-        return found
+        return logits
 
-    def _mask(self, unread: int, count: int) -> Tensor:
-        """Additive [unread + count, cached + unread + nodes]: a text, and a tree below it."""
+    def _visible(self, unread: int, count: int) -> Tensor:
+        """Bool [unread + count, unread + nodes]: the end of a text, and a tree below it."""
         assert self._ancestors is not None
-        kind, text = self._like.dtype, self._cached + unread
-        masks = []
-        if unread:
-            chain = tree.chain_ancestors(unread, self._like.device)
-            mask = tree.additive_mask(chain, self._cached, unread, kind)[0, 0]
-            masks.append(F.pad(mask, (0, self._nodes + count), value=torch.finfo(kind).min))
-        if count:
-            masks.append(tree.additive_mask(self._ancestors, text, count, kind)[0, 0])
-        return torch.cat(masks)
+        below = self._ancestors[self._ancestors.shape[0] - count :]
+        if not unread:
+            return below
+        text = tree.chain_ancestors(unread, below.device)
+        return torch.cat([F.pad(text, (0, below.shape[1])), F.pad(below, (unread, 0), value=True)])

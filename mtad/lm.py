@@ -1,26 +1,25 @@
-"""CachedLM: one model, one cache, three verbs. The only file that calls a model.
+"""CachedLM: one model, one cache, three verbs.
 
 The cache holds a committed prefix and, above it, a tree of nodes that are not decided yet.
 `forward` adds nodes and returns their logits, `keep` commits one path of them and drops the
-rest, `rollback` shortens the prefix. It knows token ids and nothing of text.
+rest, `rollback` shortens the prefix. It knows token ids and nothing of text, and it keeps the
+books only: an engine (`mtad.eager`, `mtad.native`) runs the model.
 """
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 
 from mtad import tree
-from mtad.errors import PairError
+from mtad.eager import EagerPasses, Output, Passes
 
 PREFILL_CHUNK_TOKENS = 512
 
@@ -106,17 +105,11 @@ class Recorder:
         return totals
 
 
-class Output(NamedTuple):
-    """What a pass gives for n new nodes.
+class Runnable(Protocol):
+    """A model made ready for an engine, with weights that many runs may share."""
 
-    Attributes:
-        logits: [n, V].
-        hidden: [n, F·H], the hidden states of the F layers that were asked for, one after the
-            other; None if none were.
-    """
-
-    logits: Tensor
-    hidden: Tensor | None
+    def passes(self) -> Passes:
+        """It with an empty cache."""
 
 
 class CachedLM:
@@ -133,7 +126,7 @@ class CachedLM:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | Runnable,
         vocab_size: int | None = None,
         *,
         recorder: Recorder | None = None,
@@ -142,15 +135,14 @@ class CachedLM:
         """Wraps a model with an empty cache.
 
         Args:
-            model: any decoder-only Hugging Face model.
+            model: any decoder-only Hugging Face model, or one made ready for another engine.
             vocab_size: common vocabulary of the pair; the model's own by default.
             recorder: receives a span for every pass.
             check: called before every pass; raises to stop the run.
         """
-        self.model = model
-        self.vocab_size = vocab_size or int(model.config.get_text_config().vocab_size)
-        self.device = model.get_input_embeddings().weight.device
-        self._dtype = model.dtype
+        self._passes = EagerPasses(model) if isinstance(model, PreTrainedModel) else model.passes()
+        self.vocab_size = vocab_size or self._passes.vocab_size
+        self.device = self._passes.device
         self.length = 0
         self.nodes = 0
         self.passes = 0
@@ -158,12 +150,6 @@ class CachedLM:
         self._check = check
         self._recorder = recorder or Recorder()
         self._ancestors: Tensor | None = None  # None while the undecided nodes are a chain
-        # Without its config the cache keeps everything, also in sliding-window layers, so that
-        # every layer can roll back; the masks still apply the window.
-        self._cache = DynamicCache()
-        self._windows = _attention_windows(model)
-        accepted = inspect.signature(model.forward).parameters
-        self._last_logit_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
     def prefill(self, token_ids: Tensor, layers: Sequence[int] = ()) -> Tensor | None:
         """Commits [n] tokens without looking at their logits. Not counted as a pass.
@@ -180,15 +166,9 @@ class CachedLM:
             chunk = token_ids[start : start + PREFILL_CHUNK_TOKENS]
             self._check()
             with self._recorder.span("prefill"):
-                output = self._call(
-                    chunk,
-                    None,
-                    self._positions(chunk.shape[0]),
-                    output_hidden_states=bool(layers),
-                    **self._last_logit_only,
-                )
-                if layers:
-                    hidden.append(self._states(output, layers))
+                states = self._passes.read(chunk, self.length, layers)
+                if states is not None:
+                    hidden.append(states)
             self.length += chunk.shape[0]
         return torch.cat(hidden) if hidden else None
 
@@ -213,17 +193,19 @@ class CachedLM:
         self._check()
         count = token_ids.shape[0]
         if parents is None and self._ancestors is None:
-            mask, positions = None, self._positions(count)
+            start = self.length + self.nodes
+            positions = torch.arange(start, start + count, device=self.device)
         else:
-            mask, positions = self._grow_tree(parents, count, levels)
+            positions = self._grow_tree(parents, count, levels)
         with self._recorder.span("verify"):
-            output = self._call(token_ids, mask, positions, output_hidden_states=bool(layers))
-            logits = output.logits[0, :, : self.vocab_size].to(self.device)
-            states = self._states(output, layers) if layers else None
+            output = self._passes.forward(
+                token_ids, positions, self.length, self.nodes, self._ancestors, layers
+            )
+            logits = output.logits[:, : self.vocab_size].to(self.device)
         self.nodes += count
         self.passes += 1
         self.positions += count
-        return Output(logits, states)
+        return Output(logits, output.hidden)
 
     def keep(self, path: Tensor | int) -> None:
         """Commits a path of undecided nodes, root to leaf, and drops all other nodes.
@@ -233,10 +215,10 @@ class CachedLM:
         """
         if isinstance(path, int):
             kept = path
-            self._crop(self.length + kept)
+            self._passes.crop(self.length + kept)
         else:
             kept = path.shape[0]
-            self._select(path)
+            self._passes.select(self.length, path)
         self.length += kept
         self.nodes = 0
         self._ancestors = None
@@ -251,28 +233,20 @@ class CachedLM:
         if self._ancestors is None:
             self._ancestors = tree.chain_ancestors(self.nodes, self.device)
         self._ancestors = self._ancestors[index][:, index]
-        self._select(index)
+        self._passes.select(self.length, index)
         self.nodes = len(nodes)
 
     def rollback(self, length: int) -> None:
         """Drops all undecided nodes and shortens the committed prefix to `length` tokens."""
         if not 0 <= length <= self.length:
             raise ValueError(f"length is {length}, but must be from 0 to {self.length}")
-        self._crop(length)
+        self._passes.crop(length)
         self.length = length
         self.nodes = 0
         self._ancestors = None
 
-    def _states(self, output: Any, layers: Sequence[int]) -> Tensor:
-        return torch.cat([output.hidden_states[i][0].to(self.device) for i in layers], -1)
-
-    def _positions(self, count: int) -> Tensor:
-        start = self.length + self.nodes
-        return torch.arange(start, start + count, device=self.device)
-
-    def _grow_tree(
-        self, parents: Tensor | None, count: int, levels: int
-    ) -> tuple[Tensor | dict[str, Tensor], Tensor]:
+    def _grow_tree(self, parents: Tensor | None, count: int, levels: int) -> Tensor:
+        """Adds nodes to the tree; returns their positions."""
         if self._ancestors is None and self.nodes:
             self._ancestors = tree.chain_ancestors(self.nodes, self.device)
         if parents is None:
@@ -280,69 +254,4 @@ class CachedLM:
             parents = torch.arange(last, last + count, device=self.device)
             levels = count
         self._ancestors = tree.extend_ancestors(self._ancestors, parents, levels)
-        masks = {
-            kind: tree.additive_mask(self._ancestors, self.length, count, self._dtype, window)
-            for kind, window in self._windows.items()
-        }
-        positions = self.length + tree.node_depths(self._ancestors)[-count:]
-        return (masks if len(masks) > 1 else next(iter(masks.values()))), positions
-
-    @torch.no_grad()
-    def _call(
-        self,
-        token_ids: Tensor,
-        mask: Tensor | dict[str, Tensor] | None,
-        positions: Tensor,
-        **kwargs: Any,
-    ) -> Any:
-        return self.model(
-            input_ids=token_ids.unsqueeze(0),
-            attention_mask=mask,
-            position_ids=positions.unsqueeze(0),
-            past_key_values=self._cache,
-            use_cache=True,
-            **kwargs,
-        )
-
-    def _layers(self) -> Iterator[DynamicLayer]:
-        for layer in self._cache.layers:
-            if type(layer) is not DynamicLayer:
-                raise PairError(
-                    f"{type(self.model).__name__} keeps a {type(layer).__name__} in its cache,"
-                    " which cannot roll back. Choose a model with plain attention layers."
-                )
-            if layer.is_initialized:
-                yield layer
-
-    def _crop(self, length: int) -> None:
-        for layer in self._layers():
-            layer.keys = layer.keys[:, :, :length]
-            layer.values = layer.values[:, :, :length]
-
-    def _select(self, nodes: Tensor) -> None:
-        prefix = torch.arange(self.length, device=self.device)
-        index = torch.cat([prefix, self.length + nodes])
-        for layer in self._layers():
-            there = index.to(layer.keys.device)
-            layer.keys = layer.keys.index_select(2, there)
-            layer.values = layer.values.index_select(2, there)
-
-
-def _attention_windows(model: PreTrainedModel) -> dict[str, int | None]:
-    """The kinds of attention layer of a model and their sliding windows in tokens.
-
-    A model with one kind takes one mask; a model that mixes kinds takes a mask for each.
-    """
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ())
-    if not kinds:
-        kinds = {"full_attention" if window is None else "sliding_attention"}
-    unknown = kinds - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise PairError(
-            f"{type(model).__name__} has layers of kind {', '.join(sorted(unknown))}, whose"
-            " cache cannot roll back. Choose a model with plain attention layers."
-        )
-    windows = {"full_attention": None, "sliding_attention": window}
-    return {kind: windows[kind] for kind in sorted(kinds)}
+        return self.length + tree.node_depths(self._ancestors)[-count:]

@@ -20,9 +20,12 @@ from mtad.draft import Drafter, LMDrafter
 from mtad.draft_files import check_draft, load_draft
 from mtad.errors import ConfigError, PairError
 from mtad.fetch import SMOLLM2, fetch, quiet
-from mtad.hidden_draft import HiddenDraft
-from mtad.hidden_drafter import Ends, HiddenDrafter
+from mtad.hidden_draft import Ends, HiddenDraft
+from mtad.hidden_drafter import EagerDraft, HiddenDrafter, RunnableDraft
 from mtad.lm import CachedLM
+from mtad.native import library
+from mtad.native.draft import NativeDraft, unsupported_draft
+from mtad.native.llama import NativeLlama, unsupported_reason
 from mtad.presets import DTYPE_BYTES, Preset, find_preset, presets
 from mtad.shipped import ASSETS
 from mtad.trace import ModelInfo
@@ -38,8 +41,8 @@ __all__ = [
     "unavailable_reason",
 ]
 
-# Engines that a pair can be run on; None means the first.
-ENGINES = ("eager",)
+# Engines that a pair can be run on. "native" has 4 or 8 bits a weight, "native-float32" all 32.
+EAGER, NATIVE, NATIVE_FLOAT32 = ENGINES = ("eager", "native", "native-float32")
 
 # The embedded pair's draft, made by `python -m mtad distill`; see its card beside it.
 SMOLLM2_DRAFT = ASSETS / "smollm2-draft"
@@ -114,6 +117,10 @@ class ModelPair:
             inspection.check_vocabularies(
                 inspection.vocab_size(self.target), self._draft_vocab_size()
             )
+        if self.engine != EAGER:
+            reason = native_reason(self)
+            if reason:
+                raise PairError(f'{reason} Choose engine="{EAGER}".')
         if self.tokenizer is not None:
             inspection.check_tokenizer(self.tokenizer, self.vocab_size)
             if self.draft_tokenizer is not None:
@@ -154,12 +161,48 @@ class ModelPair:
         dtype: torch.dtype = self.target.dtype
         return dtype
 
+    @property
+    def weights(self) -> str:
+        """How the target's weights are held: "float32", "bfloat16", …, or "int4" or "int8"."""
+        if isinstance(self.engine_target, NativeLlama):
+            return self.engine_target.model.weights
+        return loading.dtype_name(self.dtype)
+
+    @functools.cached_property
+    def engine_target(self) -> PreTrainedModel | NativeLlama:
+        """The target as the engine runs it."""
+        return self._ready(self.target)
+
+    @functools.cached_property
+    def engine_draft(self) -> PreTrainedModel | NativeLlama | RunnableDraft | Drafter | None:
+        """The draft as the engine runs it."""
+        if isinstance(self.draft, PreTrainedModel):
+            return self._ready(self.draft)
+        if not isinstance(self.draft, HiddenDraft):
+            return self.draft
+        if self.engine == EAGER:
+            return EagerDraft(self.draft, self.draft_ends)
+        return NativeDraft(
+            self.draft,
+            self.draft_ends,
+            inspection.context_length(self.target),
+            exact=self.engine == NATIVE_FLOAT32,
+        )
+
+    def _ready(self, model: PreTrainedModel) -> PreTrainedModel | NativeLlama:
+        if self.engine == EAGER:
+            return model
+        return NativeLlama(model, exact=self.engine == NATIVE_FLOAT32)
+
     @functools.cached_property
     def target_info(self) -> ModelInfo:
         """Name, revision, sizes and note of the target."""
-        return inspection.model_info(
+        info = inspection.model_info(
             self.target, self.target_name, self.target_revision, self.target_note
         )
+        if isinstance(self.engine_target, NativeLlama):
+            info = dataclasses.replace(info, weight_bytes=self.engine_target.model.weight_bytes)
+        return info
 
     @functools.cached_property
     def draft_info(self) -> ModelInfo | None:
@@ -167,9 +210,12 @@ class ModelPair:
         if self.draft is None:
             return None
         if isinstance(self.draft, PreTrainedModel):
-            return inspection.model_info(
+            info = inspection.model_info(
                 self.draft, self.draft_name, self.draft_revision, self.draft_note
             )
+            if isinstance(self.engine_draft, NativeLlama):
+                info = dataclasses.replace(info, weight_bytes=self.engine_draft.model.weight_bytes)
+            return info
         if isinstance(self.draft, HiddenDraft):
             return self._hidden_draft_info(self.draft)
         own = getattr(self.draft, "info", None)
@@ -187,12 +233,14 @@ class ModelPair:
     def _hidden_draft_info(self, draft: HiddenDraft) -> ModelInfo:
         """Its own layers, and in the bytes of a pass the rows of the target's head as well."""
         own = list(draft.parameters())
-        head = self.draft_ends.head
+        size = sum(w.numel() * w.element_size() for w in (*own, self.draft_ends.head))
+        if isinstance(self.engine_draft, NativeDraft):
+            size = self.engine_draft.weight_bytes
         return ModelInfo(
             name=self.draft_name or f"hidden-state draft of {self.target_info.name}",
             revision=self.draft_revision,
             parameters=sum(weight.numel() for weight in own),
-            weight_bytes=sum(w.numel() * w.element_size() for w in (*own, head)),
+            weight_bytes=size,
             note=self.draft_note,
         )
 
@@ -219,23 +267,34 @@ def as_drafter(pair: ModelPair) -> Drafter:
     """
     if pair.draft is None:
         raise PairError("This pair has no draft model. Add one.")
-    if isinstance(pair.draft, PreTrainedModel):
-        return LMDrafter(CachedLM(pair.draft, pair.vocab_size))
+    runnable = pair.engine_draft
+    if isinstance(runnable, (PreTrainedModel, NativeLlama)):
+        return LMDrafter(CachedLM(runnable, pair.vocab_size))
     if isinstance(pair.draft, HiddenDraft):
-        drafter = HiddenDrafter(pair.draft, pair.draft_ends, pair.vocab_size)
+        assert isinstance(runnable, (EagerDraft, NativeDraft))
+        drafter = HiddenDrafter(pair.draft, runnable, pair.vocab_size)
         weights = pair.draft.config.copy_weights
         return CopyDrafter(drafter, weights) if weights else drafter
+    assert isinstance(pair.draft, Drafter)
     return pair.draft
 
 
-def check_engine(engine: str | None) -> str:
-    """The engine's name; the first of `ENGINES` for None.
+def native_reason(pair: ModelPair) -> str | None:
+    """Why a pair cannot be run on the native engine; None if it can."""
+    reason = unsupported_reason(pair.target)
+    if isinstance(pair.draft, PreTrainedModel):
+        reason = reason or unsupported_reason(pair.draft)
+    elif isinstance(pair.draft, HiddenDraft):
+        reason = reason or unsupported_draft(pair.draft, pair.draft_ends)
+    return reason or library.unavailable_reason()
+
+
+def check_engine(engine: str) -> str:
+    """The engine's name.
 
     Raises:
         ConfigError: there is no such engine.
     """
-    if engine is None:
-        return ENGINES[0]
     if engine not in ENGINES:
         allowed = ", ".join(f'"{name}"' for name in ENGINES)
         raise ConfigError(f"engine is {str(engine)[:60]!r}, but must be one of {allowed}.")
@@ -256,7 +315,8 @@ def load_pair(
         device: "cpu", "cuda", "cuda:1", "mps"; None chooses CUDA, else MPS (untested), else CPU.
         dtype: "float32", "bfloat16" or "float16"; None chooses float32 on CPU and MPS, bfloat16
             on CUDA (float16 where the board has no bfloat16).
-        engine: "eager", which is also what None means.
+        engine: one of `ENGINES`; None takes the fastest that can run the pair in this dtype:
+            on a CPU "native", or "native-float32" where float32 was asked for.
         progress: called with a stage, the bytes done and the bytes in all (0 where unknown).
 
     Raises:
@@ -285,7 +345,8 @@ def load_preset(
     progress: Progress | None = None,
 ) -> ModelPair:
     """As `load_pair`, of any preset. Its repositories may be folders; take none from a visitor."""
-    chosen_engine = check_engine(engine)
+    if engine is not None:
+        check_engine(engine)
     place = loading.resolve_device(device)
     kind = loading.resolve_dtype(dtype, place)
     reason = loading.too_big(preset, place, kind)
@@ -296,7 +357,17 @@ def load_preset(
         pair = _load_embedded(preset, place, kind, progress)
     else:
         pair = _load_hub(preset, place, kind, progress)
-    return dataclasses.replace(pair, engine=chosen_engine, notes=notes + pair.notes)
+    chosen = engine or _fastest_engine(pair, dtype)
+    pair = dataclasses.replace(pair, engine=chosen, notes=notes + pair.notes)
+    _ = pair.engine_target, pair.engine_draft  # packed now, while a reader waits for loading
+    return pair
+
+
+def _fastest_engine(pair: ModelPair, dtype: str | torch.dtype | None) -> str:
+    """The engine for a pair whose weights were asked for in this dtype."""
+    if pair.device.type != "cpu" or pair.dtype != torch.float32 or native_reason(pair):
+        return EAGER
+    return NATIVE if dtype in (None, "auto") else NATIVE_FLOAT32
 
 
 def _load_embedded(

@@ -29,7 +29,6 @@ from mtad.energy import Meter, none_meter, probe
 from mtad.errors import Cancelled, ConfigError, DeadlineExceeded, PairError, PromptError
 from mtad.hidden_draft import HiddenDraft
 from mtad.lm import CachedLM, Clock, CudaClock, Recorder, WallClock
-from mtad.loading import dtype_name
 from mtad.metrics import summarize
 from mtad.pairs import ModelPair, as_drafter
 from mtad.recording import Scribe, Timing, synchronize
@@ -240,7 +239,7 @@ class _Run:
         meter = self._meter or _meter_for(pair)
         timing = Timing(device, meter)
         recorder = Recorder(_clock(device), on_decode=timing.begin_decoding)
-        target = CachedLM(pair.target, pair.vocab_size, recorder=recorder, check=self._check)
+        target = CachedLM(pair.engine_target, pair.vocab_size, recorder=recorder, check=self._check)
         budget = min(self.config.max_new_tokens, self.room)
         decisions = load_decoder(self.info.id)(
             target,
@@ -274,7 +273,7 @@ class _Run:
             target=pair.target_info,
             draft=pair.draft_info if self.info.uses_draft else None,
             device=str(device),
-            dtype=dtype_name(pair.dtype),
+            dtype=pair.weights,
             engine=pair.engine,
             versions=_versions(device),
             prompt="" if tokenizer is None else str(tokenizer.decode(self.prompt_ids)),
@@ -331,7 +330,7 @@ def _warm_up(pair: ModelPair, check: Callable[[], None]) -> None:
     """The first passes of a model pay for allocations and kernels; no run should."""
     if pair in _warmed:
         return
-    lm = CachedLM(pair.target, pair.vocab_size, check=check)
+    lm = CachedLM(pair.engine_target, pair.vocab_size, check=check)
     # A drafter of the user's own is left alone: what it does at its first call is its business.
     known = isinstance(pair.draft, (PreTrainedModel, HiddenDraft))
     draft = as_drafter(pair) if known else None

@@ -54,8 +54,7 @@ from mtad.distill.writing import (
 )
 from mtad.draft_files import FILE_NAME, load_draft
 from mtad.errors import Cancelled, ConfigError, PairError
-from mtad.hidden_draft import HiddenDraft, HiddenDraftConfig
-from mtad.hidden_drafter import Ends
+from mtad.hidden_draft import Ends, HiddenDraft, HiddenDraftConfig
 from tests.models import FAMILIES, tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -383,7 +382,7 @@ def test_a_shard_holds_what_the_target_thinks_of_it(family: str) -> None:
     target = Target(tiny(family, vocab_size=VOCABULARY, eos_token_id=3))
     writing = Writing(rows=3, row_tokens=12, top=8, answer_samplings=((1.0, 8, 1.0),))
     template = Template.for_target(target, writing)
-    shard = write_shard(target.model, template, target.ends, writing, (1, 2), seed=0)
+    shard = write_shard(target, template, writing, (1, 2), seed=0)
     with torch.no_grad():
         output = target.model(shard.token_ids.long(), output_hidden_states=True)
     logprobs = output.logits.log_softmax(-1)

@@ -459,7 +459,7 @@ def test_real_pair_says_what_it_is(smollm2: ModelPair) -> None:
     assert smollm2.target_info.parameters == find_preset("smollm2").target_parameters
     assert "b179c9523d0e" in smollm2.target_info.revision
     assert smollm2.draft_info is not None and smollm2.draft_info.name == "smollm2-draft"
-    assert smollm2.draft_info.weight_bytes < 0.12 * smollm2.target_info.weight_bytes
+    assert smollm2.draft_info.weight_bytes < 0.16 * smollm2.target_info.weight_bytes
 
 
 def test_real_tokenizer_has_template_and_end_and_plain_special_text(smollm2: ModelPair) -> None:

@@ -734,7 +734,8 @@ def test_the_global_generator_is_left_alone(watched: Watched) -> None:
 
 def test_a_real_answer(smollm2: Any) -> None:
     """The embedded pair: text, prompt and a stop string that spans tokens."""
-    settings = mtad.DecodeConfig(max_new_tokens=12, temperature=0.0)
+    # With 8-bit inputs a near tie at the first token begins another answer than in float32.
+    settings = mtad.DecodeConfig(max_new_tokens=24, temperature=0.0)
     trace = mtad.run("mtad", smollm2, "What is the capital of France?", config=settings)
     assert "Paris" in trace.text
     decoded = smollm2.tokenizer.decode(trace.token_ids, skip_special_tokens=True)

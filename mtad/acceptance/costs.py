@@ -123,7 +123,7 @@ class _Bench:
         self._vocab_size = pair.vocab_size
         self._device = pair.device
         self._state = State.begin(
-            CachedLM(pair.target, pair.vocab_size),
+            CachedLM(pair.engine_target, pair.vocab_size),
             as_drafter(pair) if self._draft_rows else None,
             self._tokens(context).tolist(),
             DecodeConfig(),

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from mtad.acceptance.records import Record, Setting, Task
 from mtad.config import MAX_SEED, DecodeConfig
 from mtad.errors import Cancelled, MtadError
-from mtad.loading import dtype_name
 from mtad.pairs import ModelPair
 from mtad.runner import run
 from mtad.trace import ModelInfo, Trace
@@ -45,7 +44,7 @@ def fingerprint(pair: ModelPair, config: DecodeConfig) -> dict[str, Any]:
         "target": _identity(pair.target_info, pair.target),
         "draft": draft,
         "device": str(pair.device),
-        "dtype": dtype_name(pair.dtype),
+        "dtype": pair.weights,
         "engine": pair.engine,
         "config": shared,
     }

@@ -126,9 +126,8 @@ def write_corpus(target: Target, recipe: Recipe, folder: Path, watch: Watch) -> 
 
         try:
             shard = write_shard(
-                target.model,
+                target,
                 template,
-                target.ends,
                 writing,
                 recipe.draft.target_layers,
                 recipe.seed + index,
@@ -151,8 +150,8 @@ def write_corpus(target: Target, recipe: Recipe, folder: Path, watch: Watch) -> 
     finally:
         torch.set_num_threads(threads)
     # What failed first, not what was stopped because of it.
-    for error in sorted(errors, key=lambda error: isinstance(error, Cancelled)):
-        raise error
+    if errors:
+        raise min(errors, key=lambda error: isinstance(error, Cancelled))
     watch.progress("write", total, total, f"{writing.shards} shards")
 
 

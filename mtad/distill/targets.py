@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from mtad import inspection, loading
 from mtad.distill.recipe import Recipe
+from mtad.distill.steps import Step, native_steps, torch_steps
 from mtad.errors import ConfigError, PairError
 from mtad.fetch import fetch, quiet
 from mtad.hidden_draft import HiddenDraftConfig
+from mtad.native import library
+from mtad.native.llama import NativeLlama, unsupported_reason
 from mtad.presets import find_preset, presets
 from mtad.wheel import Progress
 
@@ -87,6 +91,19 @@ class Target:
         digest = hashlib.sha256(repr(sizes).encode())
         digest.update(torch.cat(values).view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    @functools.cached_property
+    def native(self) -> NativeLlama | None:
+        """It on the CPU's own kernels; None where they cannot run it."""
+        if self.model.dtype != torch.float32 or unsupported_reason(self.model):
+            return None
+        return None if library.unavailable_reason() else NativeLlama(self.model)
+
+    def steps(self, rows: int, capacity: int, target_layers: Sequence[int]) -> Step:
+        """Passes that write `rows` texts of up to `capacity` tokens side by side."""
+        if self.native is None:
+            return torch_steps(self.model, capacity, target_layers)
+        return native_steps(self.native, rows, capacity, target_layers)
 
     def check(self, recipe: Recipe) -> None:
         """Compares the recipe's numbers with this model's.
@@ -179,6 +196,16 @@ def fast_dtype(device: torch.device) -> tuple[torch.dtype, str]:
             return torch.bfloat16, f"this CPU has {found[0]}"
         return torch.float32, "no bfloat16 instructions known of this CPU"
     return torch.float32, f"bfloat16 is untested on {device.type}"
+
+
+def writing_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    """What a target is loaded in to write its text fast, and why.
+
+    On a CPU with kernels of our own that is float32, from which they make 4 or 8 bits.
+    """
+    if device.type == "cpu" and library.unavailable_reason() is None:
+        return torch.float32, f"a Llama writes through {library.description()}"
+    return fast_dtype(device)
 
 
 def hardware(device: torch.device) -> str:

@@ -27,8 +27,7 @@ from mtad.distill.recipe import Recipe, Shape, Training, fingerprint
 from mtad.distill.targets import Target, fast_dtype
 from mtad.distill.writing import Shard
 from mtad.errors import Cancelled, ConfigError
-from mtad.hidden_draft import HiddenDraft, HiddenDraftConfig
-from mtad.hidden_drafter import Ends
+from mtad.hidden_draft import Ends, HiddenDraft, HiddenDraftConfig
 
 CHECKPOINT_SECONDS = 60.0
 # Rows of which the scale of the target's last state is taken.

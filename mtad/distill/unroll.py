@@ -21,8 +21,7 @@ from mtad.config import DecodeConfig
 from mtad.distill.losses import overlap, warped_target, weighted
 from mtad.distill.recipe import Training
 from mtad.distill.writing import Origin, Shard
-from mtad.hidden_draft import HiddenDraft, Past
-from mtad.hidden_drafter import Ends
+from mtad.hidden_draft import Ends, HiddenDraft, Past
 from mtad.sampling import warp
 
 # Rows of logits at a time: as many as a core's cache holds, or a GPU computes at once.

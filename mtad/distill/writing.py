@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from mtad.distill.recipe import Writing
 from mtad.distill.targets import Target
 from mtad.errors import ConfigError, PairError
+
+_ROWS_AT_ONCE = 16
 
 
 class Origin(IntEnum):
@@ -32,39 +32,6 @@ class Origin(IntEnum):
     FORCED = 0
     QUESTION = 1
     ANSWER = 2
-
-
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """A cache layer of fixed capacity: a new token is written in place, nothing is copied."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self._capacity = capacity
-        self._length = 0
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Appends [B, heads, n, size] keys and values and returns all of them."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self._all_keys = _with_capacity(key_states, self._capacity)
-            self._all_values = _with_capacity(value_states, self._capacity)
-        start, self._length = self._length, self._length + key_states.shape[2]
-        self._all_keys[:, :, start : self._length] = key_states
-        self._all_values[:, :, start : self._length] = value_states
-        self.keys = self._all_keys[:, :, : self._length]
-        self.values = self._all_values[:, :, : self._length]
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        """Tokens written so far."""
-        return self._length
-
-
-def _with_capacity(states: Tensor, capacity: int) -> Tensor:
-    batch, heads, _, size = states.shape
-    return states.new_empty(batch, heads, capacity, size)
 
 
 @dataclass(frozen=True)
@@ -270,44 +237,47 @@ def sample_top(
     return (probs / race).argmax(-1)
 
 
+def most_probable(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """[B, V] → the ids [B, count] and log-probabilities of the best, falling.
+
+    A few rows at a time, so that what is computed on the way stays in a CPU's cache.
+    """
+    parts = []
+    size = _ROWS_AT_ONCE if logits.device.type == "cpu" else logits.shape[0]
+    for rows in torch.split(logits, size):
+        values, ids = rows.topk(count)
+        values = (values - rows.logsumexp(-1, keepdim=True)).clamp(max=0)  # rounding
+        parts.append((ids, values))
+    return torch.cat([ids for ids, _ in parts]), torch.cat([values for _, values in parts])
+
+
 @torch.inference_mode()
 def write_shard(
-    model: PreTrainedModel,
+    target: Target,
     template: Template,
-    ends: frozenset[int],
     writing: Writing,
     target_layers: Sequence[int],
     seed: int,
     progress: Callable[[int], None] = lambda step: None,
 ) -> Shard:
     """One batch of rows; `progress` is called with the tokens written so far by each row."""
-    device = model.get_input_embeddings().weight.device
+    device = target.device
     host = torch.Generator().manual_seed(seed)
     generator = torch.Generator(device).manual_seed(seed)
-    streams = [Stream(writing, template, ends, host) for _ in range(writing.rows)]
+    streams = [Stream(writing, template, target.ends, host) for _ in range(writing.rows)]
     samplings = (*writing.question_samplings, *writing.answer_samplings)
     table = torch.tensor(samplings, dtype=torch.float32, device=device)
     first = {Origin.QUESTION: 0, Origin.ANSWER: len(writing.question_samplings)}
-    config = model.config.get_text_config()
-    layers = [GrowingLayer(writing.row_tokens) for _ in range(config.num_hidden_layers)]
-    cache = Cache(layers=layers)
-    layout = Shard.layout(writing, config.hidden_size * len(target_layers))
+    step_of = target.steps(writing.rows, writing.row_tokens, target_layers)
+    layout = Shard.layout(writing, target.hidden_size * len(target_layers))
     shard = Shard(**{name: torch.empty(size, dtype=kind) for name, (size, kind) in layout.items()})
     sampled = [0] * writing.rows
     for step in range(writing.row_tokens):
         progress(step)
         written = [stream.next(token) for stream, token in zip(streams, sampled, strict=True)]
         tokens = torch.tensor([token for token, _ in written])
-        output = model(
-            tokens.to(device).unsqueeze(1),
-            past_key_values=cache,
-            use_cache=True,
-            output_hidden_states=True,
-        )
-        hidden = torch.cat([output.hidden_states[layer][:, -1] for layer in target_layers], -1)
-        logits = output.logits[:, -1].float()
-        values, ids = logits.topk(writing.top)
-        values = (values - logits.logsumexp(-1, keepdim=True)).clamp(max=0)  # rounding
+        logits, hidden = step_of(tokens)
+        ids, values = most_probable(logits, writing.top)
         warp = table[[first[stream.origin] + stream.sampling for stream in streams]]
         choice = sample_top(values, warp[:, 0], warp[:, 1], warp[:, 2], generator)
         sampled = ids.gather(1, choice.unsqueeze(1)).squeeze(1).tolist()

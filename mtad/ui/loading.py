@@ -136,8 +136,7 @@ def header_view(loader: PairLoader) -> dict[str, Any]:
         view["models"] = _short(pair.target_info)
         if draft is not None:
             view["models"] += f", draft {_short(draft)}"
-        dtype = str(pair.dtype).removeprefix("torch.")
-        view["device"] = f"{str(pair.device).upper()}, {dtype}, {pair.engine} engine"
+        view["device"] = f"{str(pair.device).upper()}, {pair.weights}, {pair.engine} engine"
         view["notes"] = list(pair.notes)
     return view
 

@@ -1,0 +1,1 @@
+"""Times methods beside transformers' own generation, and against what the machine could do."""

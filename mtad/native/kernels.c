@@ -1,0 +1,848 @@
+/* Forward passes of Llama-shaped models on a CPU, for the few rows at a time that decoding needs.
+ *
+ * A pass of one token reads every weight once and does little with it, so that its price is that
+ * of the memory. These kernels keep it there: weights are read as the 4 or 8 bits that they are
+ * stored in, unpacked in registers, and used for all rows before the next ones are read, so that
+ * verifying five tokens costs little more than decoding one.
+ *
+ * Weights are codes in groups of 32 columns with a scale (and for 4 bits a minimum) each; the
+ * input of a product is rounded to 8 bits in the same groups. Products of codes are summed in
+ * integers. A row's result does not depend on the other rows of a pass, nor on slots of the cache
+ * that it may not see, to the bit: every sum runs in one fixed order.
+ *
+ * Compiled for the machine that it runs on. AVX-512 VNNI, AVX2 and dot products of NEON have their
+ * own inner product; everything else is plain C over vectors of sixteen lanes. Knows tensors
+ * as pointers and nothing of Python; see `mtad.native.library` for the calls. */
+
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
+#endif
+
+#define LANES 16  /* output rows of a block, computed side by side */
+#define GROUP 32  /* columns that share a scale */
+#define TILE 6    /* input rows that share one reading of a block */
+#define QUERIES 4 /* query rows that share one reading of the keys */
+
+typedef float floats __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef int8_t codes __attribute__((vector_size(64)));
+typedef floats loose_floats __attribute__((aligned(4)));
+typedef codes loose_codes __attribute__((aligned(1)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { FLOAT32 = 0, CODES8 = 1, CODES4 = 2 };
+
+/* A linear layer of [rows, columns], block after block of 16 rows, each of them:
+ *   FLOAT32  for every column 16 floats;
+ *   CODES8   for every group 8 × 64 signed codes, byte 4·lane + i of part j being column 4·j + i,
+ *            then 16 scales as float16;
+ *   CODES4   for every group 4 × 64 bytes, whose low halves are parts 0 to 3 and whose high halves
+ *            parts 4 to 7, then 16 scales and 16 minima as float16. */
+typedef struct {
+    int32_t kind, rows, columns;
+    const uint8_t *data;
+} Matrix;
+
+typedef struct {
+    const float *attention_norm, *mlp_norm;
+    Matrix qkv, out, gate_up, down; /* gate_up: 16 rows of the gate, 16 of up, and so on */
+} Layer;
+
+typedef struct {
+    int32_t layers, width, heads, kv_heads, head_size, mlp;
+    float eps;
+    const float *cosines, *sines; /* [positions, head_size / 2] */
+    const Layer *layer;
+    const float *norm;            /* before the head */
+    Matrix head;
+} Model;
+
+/* keys [layers, texts, kv_heads, capacity / 16, head_size, 16], values [layers, texts, kv_heads,
+ * capacity, head_size]; capacity is a multiple of 16. */
+typedef struct {
+    float *keys, *values;
+    int64_t capacity;
+    int32_t texts;
+} Cache;
+
+/* New tokens of one text take the last `rows` of the `nodes` slots that follow `prefix` slots.
+ * With several texts in the cache there is a row for each of them, its token takes slot `prefix`
+ * and sees all of its own text; `nodes` is then 1. */
+typedef struct {
+    int32_t rows, prefix, nodes;
+    float *states;            /* [rows, width] in: embeddings, out: what the last layer gives */
+    const int32_t *positions; /* [rows] */
+    const uint8_t *visible;   /* [rows, nodes] who sees which slot; NULL for a chain */
+    float *logits;            /* [rows − skipped, head rows], or NULL */
+    int32_t skipped;          /* rows at the beginning whose logits nobody wants */
+    int32_t taps;             /* hidden states to return: 0 is the input, i follows layer i, */
+    const int32_t *tap_layer; /*   the last follows the final norm */
+    float *tapped;            /* [rows, taps, width] */
+} Pass;
+
+/* The input of a product: floats, and where codes meet it also codes. */
+typedef struct {
+    float *values;   /* [rows, columns] */
+    int8_t *codes;   /* [rows, columns] */
+    float *scales;   /* [rows, columns / 32] */
+    float *sums;     /* [rows, columns / 32] scale × sum of the codes */
+    int32_t *totals; /* [rows, columns / 32] sum of the codes */
+    int32_t columns;
+} Input;
+
+typedef struct {
+    int threads;
+    pthread_t *workers;
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+    int sleepers;
+    int stop;
+    _Atomic uint32_t job; /* counts the calls */
+    _Atomic int32_t arrived;
+    _Atomic uint32_t phase;
+    _Atomic int32_t next; /* first item of the present loop that nobody has taken */
+    void (*work)(void *context, int thread, void *argument);
+    void *argument;
+    size_t size; /* of the scratch memory */
+    char *scratch;
+} Context;
+
+/* ---- threads ------------------------------------------------------------------------------ */
+
+#define SPINS_BEFORE_YIELD 4096
+#define SPINS_BEFORE_SLEEP 20000
+
+INLINE void relax(void) {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* All threads meet here; the last one makes the loop counter ready for the next loop. */
+static void meet(Context *c) {
+    uint32_t phase = atomic_load_explicit(&c->phase, memory_order_acquire);
+    if (atomic_fetch_add_explicit(&c->arrived, 1, memory_order_acq_rel) + 1 == c->threads) {
+        atomic_store_explicit(&c->arrived, 0, memory_order_relaxed);
+        atomic_store_explicit(&c->next, 0, memory_order_relaxed);
+        atomic_store_explicit(&c->phase, phase + 1, memory_order_release);
+        return;
+    }
+    for (uint32_t spins = 0; atomic_load_explicit(&c->phase, memory_order_acquire) == phase;) {
+        relax();
+        if (++spins > SPINS_BEFORE_YIELD) sched_yield();
+    }
+}
+
+/* The next items of a loop over `count`: many while much is left, single ones at the end. */
+static int take(Context *c, int count, int *end) {
+    int32_t start = atomic_load_explicit(&c->next, memory_order_relaxed);
+    for (;;) {
+        if (start >= count) return -1;
+        int size = (count - start) / (2 * c->threads);
+        *end = start + (size > 0 ? size : 1);
+        if (atomic_compare_exchange_weak_explicit(
+                &c->next, &start, *end, memory_order_relaxed, memory_order_relaxed))
+            return start;
+    }
+}
+
+#define PARALLEL(c, count)                                              \
+    for (int start_, end_; (start_ = take(c, count, &end_)) >= 0;)      \
+        for (int item = start_; item < end_; item++)
+
+typedef struct {
+    Context *context;
+    int thread;
+} Seat;
+
+static void *worker(void *seat_) {
+    Seat seat = *(Seat *)seat_;
+    free(seat_);
+    Context *c = seat.context;
+    uint32_t done = 0;
+    for (;;) {
+        for (int spins = 0; atomic_load_explicit(&c->job, memory_order_acquire) == done;) {
+            relax();
+            if (++spins < SPINS_BEFORE_SLEEP) continue;
+            pthread_mutex_lock(&c->lock);
+            c->sleepers++;
+            while (atomic_load_explicit(&c->job, memory_order_acquire) == done)
+                pthread_cond_wait(&c->wake, &c->lock);
+            c->sleepers--;
+            pthread_mutex_unlock(&c->lock);
+        }
+        done++;
+        if (c->stop) return NULL;
+        c->work(c, seat.thread, c->argument);
+        meet(c);
+    }
+}
+
+static void announce(Context *c) {
+    pthread_mutex_lock(&c->lock);
+    atomic_fetch_add_explicit(&c->job, 1, memory_order_release);
+    if (c->sleepers) pthread_cond_broadcast(&c->wake);
+    pthread_mutex_unlock(&c->lock);
+}
+
+/* Runs `work` on all threads and returns when all have ended. One call at a time. */
+static void run(Context *c, void (*work)(void *, int, void *), void *argument) {
+    c->work = work;
+    c->argument = argument;
+    atomic_store_explicit(&c->next, 0, memory_order_relaxed);
+    if (c->threads > 1) announce(c);
+    work(c, 0, argument);
+    meet(c);
+}
+
+void mtad_close(Context *c) {
+    if (!c) return;
+    c->stop = 1;
+    if (c->threads > 1) announce(c);
+    for (int i = 1; i < c->threads; i++) pthread_join(c->workers[i], NULL);
+    pthread_mutex_destroy(&c->lock);
+    pthread_cond_destroy(&c->wake);
+    free(c->workers);
+    free(c->scratch);
+    free(c);
+}
+
+/* NULL where memory or threads are missing. */
+Context *mtad_open(int threads) {
+    Context *c = calloc(1, sizeof *c);
+    if (!c) return NULL;
+    c->threads = 1;
+    c->workers = calloc((size_t)threads, sizeof *c->workers);
+    pthread_mutex_init(&c->lock, NULL);
+    pthread_cond_init(&c->wake, NULL);
+    for (int i = 1; c->workers && i < threads; i++) {
+        Seat *seat = malloc(sizeof *seat);
+        if (!seat) break;
+        *seat = (Seat){c, i};
+        if (pthread_create(&c->workers[i], NULL, worker, seat)) {
+            free(seat);
+            break;
+        }
+        c->threads++;
+    }
+    if (c->threads == threads) return c;
+    mtad_close(c);
+    return NULL;
+}
+
+/* ---- numbers ------------------------------------------------------------------------------ */
+
+INLINE floats load_floats(const float *from) { return *(const loose_floats *)from; }
+INLINE void store_floats(float *to, floats value) { *(loose_floats *)to = value; }
+INLINE floats broadcast(float value) { return value - (floats){0}; }
+INLINE floats absolute(floats x) { return (floats)((ints)x & 0x7fffffff); }
+
+INLINE floats pick(ints mask, floats yes, floats no) {
+    return (floats)(((ints)yes & mask) | ((ints)no & ~mask));
+}
+
+INLINE floats larger(floats a, floats b) { return pick(a > b, a, b); }
+
+INLINE float lane_sum(floats x) {
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) x[i] += x[i + width];
+    return x[0];
+}
+
+INLINE float lane_maximum(floats x) {
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
+    return x[0];
+}
+
+INLINE float half_to_float(uint16_t bits) {
+    uint32_t magnitude = bits & 0x7fff, sign = (uint32_t)(bits & 0x8000) << 16;
+    float value;
+    uint32_t word = magnitude << 13;
+    memcpy(&value, &word, 4);
+    value *= 0x1p112f; /* the difference of the two exponents' offsets, also for subnormals */
+    memcpy(&word, &value, 4);
+    word |= sign;
+    memcpy(&value, &word, 4);
+    return value;
+}
+
+INLINE floats load_halves(const uint8_t *from) {
+#if defined(__AVX512F__)
+    return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)from));
+#else
+    const uint16_t *bits = (const uint16_t *)from;
+    floats value;
+    for (int i = 0; i < LANES; i++) value[i] = half_to_float(bits[i]);
+    return value;
+#endif
+}
+
+/* e^x for x ≤ 0 to a relative 2e-7; 0 below −87. */
+INLINE floats exponential(floats x) {
+    ints gone = x < -87.0f;
+    floats turns = x * 1.44269504f;
+    floats magic = broadcast(12582912.0f); /* 1.5 · 2^23: what is added to it is rounded */
+    floats whole = (turns + magic) - magic;
+    floats rest = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
+    floats sum = broadcast(1.9875691500e-4f);
+    sum = sum * rest + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * rest * rest + rest + 1.0f;
+    ints power = (__builtin_convertvector(whole, ints) + 127) << 23;
+    floats value = sum * (floats)power;
+    return (floats)((ints)value & ~gone);
+}
+
+/* ---- products ----------------------------------------------------------------------------- */
+
+/* acc[lane] += Σ_i part[4·lane + i] · four[i]; `part` holds 0 … 15. */
+INLINE ints dot_small(ints acc, codes part, int32_t four) {
+#if defined(__AVX512VNNI__)
+    return (ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)part, _mm512_set1_epi32(four));
+#elif defined(__AVX2__)
+    __m256i x = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1), half[2], sums[2];
+    memcpy(half, &part, 64);
+    memcpy(sums, &acc, 64);
+    for (int i = 0; i < 2; i++)
+        sums[i] = _mm256_add_epi32(
+            sums[i], _mm256_madd_epi16(_mm256_maddubs_epi16(half[i], x), ones));
+    memcpy(&acc, sums, 64);
+    return acc;
+#elif defined(__ARM_FEATURE_DOTPROD)
+    int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(four)), quarter[4];
+    int32x4_t sums[4];
+    memcpy(quarter, &part, 64);
+    memcpy(sums, &acc, 64);
+    for (int i = 0; i < 4; i++) sums[i] = vdotq_s32(sums[i], quarter[i], x);
+    memcpy(&acc, sums, 64);
+    return acc;
+#else
+    int8_t x[4];
+    memcpy(x, &four, 4);
+    for (int lane = 0; lane < LANES; lane++)
+        for (int i = 0; i < 4; i++) acc[lane] += part[4 * lane + i] * x[i];
+    return acc;
+#endif
+}
+
+/* The same with −127 … 127 in `part`. On VNNI `part` has 128 added to it, which `begin_dot`
+ * takes back. */
+INLINE ints dot_signed(ints acc, codes part, int32_t four) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+    __m256i x = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1), half[2], sums[2];
+    memcpy(half, &part, 64);
+    memcpy(sums, &acc, 64);
+    for (int i = 0; i < 2; i++) {
+        __m256i pairs =
+            _mm256_maddubs_epi16(_mm256_abs_epi8(half[i]), _mm256_sign_epi8(x, half[i]));
+        sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, ones));
+    }
+    memcpy(&acc, sums, 64);
+    return acc;
+#else
+    return dot_small(acc, part, four);
+#endif
+}
+
+INLINE ints begin_dot(int32_t total) {
+#if defined(__AVX512VNNI__)
+    return -128 * total - (ints){0};
+#else
+    (void)total;
+    return (ints){0};
+#endif
+}
+
+INLINE int32_t load_four(const int8_t *from) {
+    int32_t four;
+    memcpy(&four, from, 4);
+    return four;
+}
+
+/* Sixteen outputs of `rows` inputs from `row` on; `rows` is a constant at every call. */
+INLINE void block(const Matrix *m, const uint8_t *data, const Input *in, int row, const int rows,
+                  floats *out) {
+    floats sum[TILE]; /* not `out`, which the compiler would write back at every step */
+    const int columns = m->columns, groups = columns / GROUP;
+    for (int r = 0; r < rows; r++) sum[r] = (floats){0};
+    if (m->kind == FLOAT32) {
+        const float *weight = (const float *)data;
+        for (int k = 0; k < columns; k++) {
+            floats w = load_floats(weight + (size_t)k * LANES);
+            for (int r = 0; r < rows; r++) sum[r] += w * in->values[(size_t)(row + r) * columns + k];
+        }
+    } else if (m->kind == CODES8) {
+        for (int g = 0; g < groups; g++, data += 8 * 64 + 32) {
+            codes part[8];
+            for (int j = 0; j < 8; j++) {
+                part[j] = *(const loose_codes *)(data + 64 * j);
+#if defined(__AVX512VNNI__)
+                part[j] ^= (int8_t)-128;
+#endif
+            }
+            floats scale = load_halves(data + 512);
+            for (int r = 0; r < rows; r++) {
+                size_t at = (size_t)(row + r) * groups + g;
+                const int8_t *x = in->codes + at * GROUP;
+                ints acc = begin_dot(in->totals[at]);
+                for (int j = 0; j < 8; j++) acc = dot_signed(acc, part[j], load_four(x + 4 * j));
+                sum[r] += __builtin_convertvector(acc, floats) * (scale * in->scales[at]);
+            }
+        }
+    } else {
+        for (int g = 0; g < groups; g++, data += 4 * 64 + 64) {
+            codes part[8];
+            for (int j = 0; j < 4; j++) {
+                typedef uint16_t words __attribute__((vector_size(64)));
+                codes both = *(const loose_codes *)(data + 64 * j);
+                part[j] = both & 15;
+                part[j + 4] = (codes)((words)both >> 4) & 15;
+            }
+            floats scale = load_halves(data + 256), minimum = load_halves(data + 288);
+            for (int r = 0; r < rows; r++) {
+                size_t at = (size_t)(row + r) * groups + g;
+                const int8_t *x = in->codes + at * GROUP;
+                ints acc = {0};
+                for (int j = 0; j < 8; j++) acc = dot_small(acc, part[j], load_four(x + 4 * j));
+                sum[r] += __builtin_convertvector(acc, floats) * (scale * in->scales[at]);
+                sum[r] += minimum * in->sums[at];
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++) out[r] = sum[r];
+}
+
+INLINE size_t block_bytes(const Matrix *m) {
+    size_t groups = (size_t)m->columns / GROUP;
+    if (m->kind == CODES8) return groups * (8 * 64 + 32);
+    if (m->kind == CODES4) return groups * (4 * 64 + 64);
+    return (size_t)m->columns * LANES * sizeof(float);
+}
+
+static void tile(const Matrix *m, const uint8_t *data, const Input *in, int row, int rows,
+                 floats *sum) {
+    switch (rows) {
+    case 1: block(m, data, in, row, 1, sum); break;
+    case 2: block(m, data, in, row, 2, sum); break;
+    case 3: block(m, data, in, row, 3, sum); break;
+    case 4: block(m, data, in, row, 4, sum); break;
+    case 5: block(m, data, in, row, 5, sum); break;
+    default: block(m, data, in, row, TILE, sum); break;
+    }
+}
+
+enum { STORE, ADD, GATE };
+
+/* out [rows, m->rows]: set to the product, or grown by it; for GATE [rows, m->rows / 2] set to
+ * silu(gate) × up. */
+static void product(Context *c, const Matrix *m, const Input *in, int rows, float *out, int mode) {
+    size_t bytes = block_bytes(m);
+    int blocks = m->rows / LANES, outputs = m->rows;
+    if (mode == GATE) blocks /= 2, outputs /= 2;
+    PARALLEL(c, blocks) {
+        for (int row = 0; row < rows; row += TILE) {
+            floats sum[TILE], up[TILE];
+            int count = rows - row < TILE ? rows - row : TILE;
+            if (mode == GATE) {
+                const uint8_t *data = m->data + 2 * (size_t)item * bytes;
+                tile(m, data, in, row, count, sum);
+                tile(m, data + bytes, in, row, count, up);
+            } else {
+                tile(m, m->data + (size_t)item * bytes, in, row, count, sum);
+            }
+            for (int r = 0; r < count; r++) {
+                float *to = out + (size_t)(row + r) * outputs + (size_t)item * LANES;
+                floats value = sum[r];
+                if (mode == ADD) value += load_floats(to);
+                if (mode == GATE) {
+                    floats small = exponential(-absolute(value)); /* never overflows */
+                    floats share = 1.0f / (1.0f + small);
+                    value *= pick(value < 0.0f, small * share, share) * up[r];
+                }
+                store_floats(to, value);
+            }
+        }
+    }
+    meet(c);
+}
+
+static void normalise(const float *from, const float *weight, float eps, int columns, float *to) {
+    floats squares = {0};
+    for (int k = 0; k < columns; k += LANES) {
+        floats x = load_floats(from + k);
+        squares += x * x;
+    }
+    float factor = 1.0f / sqrtf(lane_sum(squares) / (float)columns + eps);
+    for (int k = 0; k < columns; k += LANES)
+        store_floats(to + k, load_floats(from + k) * factor * load_floats(weight + k));
+}
+
+/* Rounds a row to codes of −127 … 127, group by group. */
+static void encode(const Input *in, int row) {
+    const int groups = in->columns / GROUP;
+    for (int g = 0; g < groups; g++) {
+        size_t at = (size_t)row * groups + g;
+        floats low = load_floats(in->values + at * GROUP);
+        floats high = load_floats(in->values + at * GROUP + LANES);
+        float largest = lane_maximum(larger(absolute(low), absolute(high)));
+        float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+        floats magic = broadcast(12582912.0f); /* see `exponential` */
+        ints first = __builtin_convertvector((low * inverse + magic) - magic, ints);
+        ints second = __builtin_convertvector((high * inverse + magic) - magic, ints);
+        for (int i = 0; i < LANES; i++) {
+            in->codes[at * GROUP + i] = (int8_t)first[i];
+            in->codes[at * GROUP + LANES + i] = (int8_t)second[i];
+        }
+        float scale = largest / 127.0f;
+        float total = lane_sum(__builtin_convertvector(first + second, floats));
+        in->scales[at] = scale;
+        in->totals[at] = (int32_t)total;
+        in->sums[at] = scale * total;
+    }
+}
+
+/* Makes `in` from [rows, columns]: normalised if there is a norm, encoded if `m` has codes. */
+static void prepare(Context *c, const Matrix *m, const float *from, const float *norm, float eps,
+                    int rows, Input *in) {
+    in->columns = m->columns;
+    PARALLEL(c, rows) {
+        size_t start = (size_t)item * m->columns;
+        if (norm) normalise(from + start, norm, eps, m->columns, in->values + start);
+        else memcpy(in->values + start, from + start, (size_t)m->columns * sizeof(float));
+        if (m->kind != FLOAT32) encode(in, item);
+    }
+    meet(c);
+}
+
+/* ---- attention ---------------------------------------------------------------------------- */
+
+/* Where the keys and the values of a head begin. */
+INLINE size_t head_start(const Model *model, const Cache *cache, int layer, int text, int head) {
+    size_t heads = ((size_t)layer * cache->texts + text) * model->kv_heads + head;
+    return heads * (size_t)cache->capacity * model->head_size;
+}
+
+/* Turns queries, writes the new keys and values into the cache. */
+static void place(Context *c, const Model *model, Cache *cache, int layer, const Pass *pass,
+                  float *qkv) {
+    const int size = model->head_size, half = size / 2;
+    const int all = model->heads + 2 * model->kv_heads;
+    const int several = cache->texts > 1;
+    PARALLEL(c, pass->rows) {
+        const float *cosine = model->cosines + (size_t)pass->positions[item] * half;
+        const float *sine = model->sines + (size_t)pass->positions[item] * half;
+        const int text = several ? item : 0, before = several ? 0 : pass->nodes - pass->rows + item;
+        const size_t slot = (size_t)(pass->prefix + before);
+        for (int h = 0; h < model->heads + model->kv_heads; h++) {
+            float *x = qkv + ((size_t)item * all + h) * size;
+            for (int i = 0; i < half; i++) {
+                float left = x[i], right = x[i + half];
+                x[i] = left * cosine[i] - right * sine[i];
+                x[i + half] = right * cosine[i] + left * sine[i];
+            }
+        }
+        for (int h = 0; h < model->kv_heads; h++) {
+            const float *key = qkv + ((size_t)item * all + model->heads + h) * size;
+            const float *value = key + (size_t)model->kv_heads * size;
+            size_t head = head_start(model, cache, layer, text, h);
+            float *keys = cache->keys + head + (slot / LANES) * LANES * size + slot % LANES;
+            for (int i = 0; i < size; i++) keys[(size_t)i * LANES] = key[i];
+            memcpy(cache->values + head + slot * size, value, (size_t)size * sizeof(float));
+        }
+    }
+    meet(c);
+}
+
+INLINE int sees(const Pass *pass, int row, int slot) {
+    int node = slot - pass->prefix;
+    if (node < 0) return 1;
+    if (pass->nodes == 1) return node == 0;
+    if (pass->visible) return pass->visible[(size_t)row * pass->nodes + node];
+    return node <= pass->nodes - pass->rows + row;
+}
+
+/* `count` queries (a constant at every call) of one key-value head over all slots. */
+INLINE void attend(const Pass *pass, int size, int slots, const float *keys, const float *values,
+                   const float **query, const int *row, float *score, size_t stride,
+                   float **out, const int count) {
+    const float factor = 1.0f / sqrtf((float)size);
+    floats largest[QUERIES];
+    for (int q = 0; q < count; q++) largest[q] = broadcast(-INFINITY);
+    for (int first = 0; first < slots; first += LANES) {
+        floats sum[QUERIES] = {{0}}, sum2[QUERIES] = {{0}};
+        const float *key = keys + (size_t)first * size;
+        for (int i = 0; i < size; i += 2) {
+            floats even = load_floats(key + (size_t)i * LANES);
+            floats odd = load_floats(key + (size_t)(i + 1) * LANES);
+            for (int q = 0; q < count; q++) {
+                sum[q] += even * query[q][i];
+                sum2[q] += odd * query[q][i + 1];
+            }
+        }
+        for (int q = 0; q < count; q++) {
+            floats scores = (sum[q] + sum2[q]) * factor;
+            if (first + LANES > pass->prefix) {
+                for (int lane = 0; lane < LANES; lane++) {
+                    int slot = first + lane;
+                    if (slot >= slots || !sees(pass, row[q], slot)) scores[lane] = -INFINITY;
+                }
+            }
+            store_floats(score + q * stride + first, scores);
+            largest[q] = larger(scores, largest[q]);
+        }
+    }
+    float mass[QUERIES];
+    for (int q = 0; q < count; q++) {
+        float top = lane_maximum(largest[q]);
+        mass[q] = 0.0f;
+        for (int first = 0; first < slots; first += LANES) {
+            float *at = score + q * stride + first;
+            store_floats(at, exponential(load_floats(at) - top));
+        }
+    }
+    for (int part = 0; part < size; part += 4 * LANES) {
+        int vectors = (size - part) / LANES < 4 ? (size - part) / LANES : 4;
+        floats sum[QUERIES][4] = {{{0}}};
+        for (int slot = 0; slot < slots; slot++) {
+            const float *value = values + (size_t)slot * size + part;
+            for (int q = 0; q < count; q++) {
+                float weight = score[q * stride + slot];
+                if (part == 0) mass[q] += weight;
+                if (vectors == 4) {
+                    for (int v = 0; v < 4; v++) sum[q][v] += weight * load_floats(value + v * LANES);
+                } else {
+                    for (int v = 0; v < vectors; v++)
+                        sum[q][v] += weight * load_floats(value + v * LANES);
+                }
+            }
+        }
+        for (int q = 0; q < count; q++)
+            for (int v = 0; v < vectors; v++)
+                store_floats(out[q] + part + v * LANES, sum[q][v] / mass[q]);
+    }
+}
+
+static void attention(Context *c, int thread, const Model *model, const Cache *cache, int layer,
+                      const Pass *pass, const float *qkv, float *scores, float *mixed) {
+    const int size = model->head_size, share = model->heads / model->kv_heads;
+    const int all = model->heads + 2 * model->kv_heads;
+    /* Queries that read the same keys stand side by side: of all rows, or of one text. */
+    const int queries = (cache->texts > 1 ? 1 : pass->rows) * share;
+    const int tiles = (queries + QUERIES - 1) / QUERIES;
+    const int slots = pass->prefix + pass->nodes;
+    const size_t stride = (size_t)(slots + LANES - 1) / LANES * LANES;
+    float *score = scores + (size_t)thread * QUERIES * stride;
+    PARALLEL(c, cache->texts * model->kv_heads * tiles) {
+        const int first = item % tiles * QUERIES, kv = item / tiles % model->kv_heads;
+        const int text = item / tiles / model->kv_heads;
+        const size_t head = head_start(model, cache, layer, text, kv);
+        const float *query[QUERIES];
+        float *out[QUERIES];
+        int row[QUERIES], count = 0;
+        for (int q = first; q < queries && count < QUERIES; q++, count++) {
+            int h = kv * share + q % share;
+            row[count] = text + q / share;
+            query[count] = qkv + ((size_t)row[count] * all + h) * size;
+            out[count] = mixed + ((size_t)row[count] * model->heads + h) * size;
+        }
+        const float *keys = cache->keys + head, *values = cache->values + head;
+        switch (count) {
+        case 1: attend(pass, size, slots, keys, values, query, row, score, stride, out, 1); break;
+        case 2: attend(pass, size, slots, keys, values, query, row, score, stride, out, 2); break;
+        case 3: attend(pass, size, slots, keys, values, query, row, score, stride, out, 3); break;
+        default: attend(pass, size, slots, keys, values, query, row, score, stride, out, QUERIES);
+        }
+    }
+    meet(c);
+}
+
+/* ---- calls -------------------------------------------------------------------------------- */
+
+/* Cuts `size` bytes off the scratch memory, in whole cache lines. */
+static void *cut(char **from, size_t size) {
+    void *start = *from;
+    *from += (size + 63) / 64 * 64;
+    return start;
+}
+
+static size_t input_bytes(size_t rows, size_t columns) {
+    size_t groups = columns / GROUP + 1;
+    return rows * (columns * 5 + groups * 12) + 5 * 64;
+}
+
+static Input cut_input(char **from, size_t rows, size_t columns) {
+    size_t groups = columns / GROUP + 1;
+    Input in;
+    in.values = cut(from, rows * columns * sizeof(float));
+    in.codes = cut(from, rows * columns);
+    in.scales = cut(from, rows * groups * sizeof(float));
+    in.sums = cut(from, rows * groups * sizeof(float));
+    in.totals = cut(from, rows * groups * sizeof(int32_t));
+    in.columns = (int32_t)columns;
+    return in;
+}
+
+static int reserve(Context *c, size_t size) {
+    if (c->size >= size) return 1;
+    free(c->scratch);
+    c->size = 0;
+    size = (size + size / 4 + 63) / 64 * 64;
+    if (posix_memalign((void **)&c->scratch, 64, size)) {
+        c->scratch = NULL;
+        return 0;
+    }
+    c->size = size;
+    return 1;
+}
+
+typedef struct {
+    const Model *model;
+    Cache *cache;
+    const Pass *pass;
+    Input in;
+    float *qkv, *mixed, *inner, *scores;
+} Forward;
+
+static void tap(Context *c, const Forward *f, int layer, const float *from) {
+    const Pass *pass = f->pass;
+    const size_t width = (size_t)f->model->width;
+    for (int t = 0; t < pass->taps; t++) {
+        if (pass->tap_layer[t] != layer) continue;
+        PARALLEL(c, pass->rows) {
+            memcpy(pass->tapped + ((size_t)item * pass->taps + t) * width, from + item * width,
+                   width * sizeof(float));
+        }
+        meet(c);
+    }
+}
+
+static void forward_work(void *context, int thread, void *argument) {
+    Context *c = context;
+    Forward *f = argument;
+    const Model *model = f->model;
+    const Pass *pass = f->pass;
+    const int rows = pass->rows;
+    Input in = f->in; /* the threads' own view of shared memory */
+    for (int l = 0; l < model->layers; l++) {
+        const Layer *layer = &model->layer[l];
+        tap(c, f, l, pass->states);
+        prepare(c, &layer->qkv, pass->states, layer->attention_norm, model->eps, rows, &in);
+        product(c, &layer->qkv, &in, rows, f->qkv, STORE);
+        place(c, model, f->cache, l, pass, f->qkv);
+        attention(c, thread, model, f->cache, l, pass, f->qkv, f->scores, f->mixed);
+        prepare(c, &layer->out, f->mixed, NULL, 0.0f, rows, &in);
+        product(c, &layer->out, &in, rows, pass->states, ADD);
+        prepare(c, &layer->gate_up, pass->states, layer->mlp_norm, model->eps, rows, &in);
+        product(c, &layer->gate_up, &in, rows, f->inner, GATE);
+        prepare(c, &layer->down, f->inner, NULL, 0.0f, rows, &in);
+        product(c, &layer->down, &in, rows, pass->states, ADD);
+    }
+    if (!pass->logits && !pass->taps) return;
+    const int from = pass->taps ? 0 : pass->skipped;
+    const float *states = pass->states + (size_t)from * model->width;
+    prepare(c, &model->head, states, model->norm, model->eps, rows - from, &in);
+    tap(c, f, model->layers, in.values);
+    if (!pass->logits) return;
+    const size_t groups = (size_t)(pass->skipped - from) * (size_t)(model->width / GROUP);
+    in.values += groups * GROUP, in.codes += groups * GROUP;
+    in.scales += groups, in.sums += groups, in.totals += groups;
+    product(c, &model->head, &in, rows - pass->skipped, pass->logits, STORE);
+}
+
+static size_t most(size_t a, size_t b) { return a > b ? a : b; }
+
+/* One pass through all layers. 0 if it was done, 1 where memory is missing. */
+int mtad_forward(Context *c, const Model *model, Cache *cache, const Pass *pass) {
+    const size_t rows = (size_t)pass->rows, size = (size_t)model->head_size;
+    const size_t joined = (size_t)(model->heads + 2 * model->kv_heads) * size;
+    const size_t mixed = (size_t)model->heads * size, mlp = (size_t)model->mlp;
+    const size_t widest = most(most(mixed, mlp), (size_t)model->width);
+    const size_t slots = ((size_t)(pass->prefix + pass->nodes) + LANES - 1) / LANES * LANES;
+    const size_t scores = (size_t)c->threads * QUERIES * slots;
+    size_t bytes = input_bytes(rows, widest) + 4 * 64;
+    bytes += (rows * (joined + mixed + mlp) + scores) * sizeof(float);
+    if (!reserve(c, bytes)) return 1;
+    char *at = c->scratch;
+    Forward f = {model, cache, pass, cut_input(&at, rows, widest), NULL, NULL, NULL, NULL};
+    f.qkv = cut(&at, rows * joined * sizeof(float));
+    f.mixed = cut(&at, rows * mixed * sizeof(float));
+    f.inner = cut(&at, rows * mlp * sizeof(float));
+    f.scores = cut(&at, scores * sizeof(float));
+    run(c, forward_work, &f);
+    return 0;
+}
+
+typedef struct {
+    const Matrix *matrix;
+    const float *from;
+    float *to;
+    int rows;
+    Input in;
+} Linear;
+
+static void linear_work(void *context, int thread, void *argument) {
+    Linear *l = argument;
+    Input in = l->in;
+    (void)thread;
+    prepare(context, l->matrix, l->from, NULL, 0.0f, l->rows, &in);
+    product(context, l->matrix, &in, l->rows, l->to, STORE);
+}
+
+/* from [rows, columns] → to [rows, matrix rows]. 0 if it was done, 1 where memory is missing. */
+int mtad_linear(Context *c, const Matrix *matrix, const float *from, float *to, int rows) {
+    const size_t columns = (size_t)matrix->columns;
+    if (!reserve(c, input_bytes((size_t)rows, columns))) return 1;
+    char *at = c->scratch;
+    Linear l = {matrix, from, to, rows, cut_input(&at, (size_t)rows, columns)};
+    run(c, linear_work, &l);
+    return 0;
+}
+
+/* Moves slots from[i] ≥ start + i to start + i, in order, in every layer of a single text. */
+void mtad_move(const Model *model, Cache *cache, const int32_t *from, int count, int start) {
+    const size_t size = (size_t)model->head_size;
+    for (int layer = 0; layer < model->layers; layer++) {
+        for (int h = 0; h < model->kv_heads; h++) {
+            size_t head = head_start(model, cache, layer, 0, h);
+            float *keys = cache->keys + head, *values = cache->values + head;
+            for (int i = 0; i < count; i++) {
+                size_t old = (size_t)from[i], new = (size_t)(start + i);
+                if (old == new) continue;
+                const float *key = keys + old / LANES * LANES * size + old % LANES;
+                float *there = keys + new / LANES * LANES * size + new % LANES;
+                for (size_t j = 0; j < size; j++) there[j * LANES] = key[j * LANES];
+                memcpy(values + new * size, values + old * size, size * sizeof(float));
+            }
+        }
+    }
+}
+
+/* Which inner product this build has. */
+const char *mtad_kernels(void) {
+#if defined(__AVX512VNNI__)
+    return "AVX-512 VNNI";
+#elif defined(__AVX2__)
+    return "AVX2";
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return "NEON dot products";
+#else
+    return "plain C";
+#endif
+}

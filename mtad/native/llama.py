@@ -1,0 +1,161 @@
+"""A Hugging Face Llama on the kernels, and how a run walks through it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from mtad.eager import Output
+from mtad.errors import PairError
+from mtad.native.model import LayerWeights, NativeModel
+from mtad.native.packing import LANES, fits
+
+
+class NativeLlama:
+    """A model made ready for the native engine; see `mtad.lm.Runnable`.
+
+    The weights are copied into the kernels' layout; the embedding stays the model's own.
+
+    Attributes:
+        model: its layers and its head.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, exact: bool = False) -> None:
+        """Packs a LlamaForCausalLM on the CPU.
+
+        Args:
+            model: the model.
+            exact: keep the weights in float32 instead of 4 or 8 bits.
+
+        Raises:
+            PairError: the model is not one that the kernels know.
+        """
+        reason = unsupported_reason(model)
+        if reason:
+            raise PairError(reason)
+        config = model.config
+        rotary = model.model.rotary_emb
+        cosines, sines = rotary_tables(rotary.inv_freq, config.max_position_embeddings)
+        self.embedding: Tensor = model.get_input_embeddings().weight.detach()
+        self.model = NativeModel(
+            _layers_of(model),
+            model.model.norm.weight,
+            model.lm_head.weight,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            eps=config.rms_norm_eps,
+            cosines=cosines * rotary.attention_scaling,
+            sines=sines * rotary.attention_scaling,
+            exact=exact,
+        )
+
+    def passes(self) -> NativePasses:
+        """It with an empty cache."""
+        return NativePasses(self)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[n] → [n, H] float32."""
+        return self.embedding.index_select(0, token_ids).float()
+
+
+class NativePasses:
+    """See `mtad.eager.Passes`. A slot that is dropped is simply written again."""
+
+    def __init__(self, llama: NativeLlama) -> None:
+        self.device = torch.device("cpu")
+        self.vocab_size = llama.model.head_rows
+        self._llama = llama
+        self._cache = llama.model.cache()
+
+    def read(self, token_ids: Tensor, length: int, layers: Sequence[int]) -> Tensor | None:
+        """See `Passes.read`."""
+        count = token_ids.shape[0]
+        positions = torch.arange(length, length + count)
+        states = self._llama.embed(token_ids)
+        rows = self._cache.forward(states, positions, length, count, layers=layers, logits=False)
+        return rows.tapped
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        length: int,
+        nodes: int,
+        ancestors: Tensor | None,
+        layers: Sequence[int],
+    ) -> Output:
+        """See `Passes.forward`."""
+        count = token_ids.shape[0]
+        visible = None if ancestors is None else ancestors[-count:]
+        states = self._llama.embed(token_ids)
+        rows = self._cache.forward(states, positions, length, nodes + count, visible, layers=layers)
+        assert rows.logits is not None
+        return Output(rows.logits, rows.tapped)
+
+    def crop(self, length: int) -> None:
+        """See `Passes.crop`."""
+
+    def select(self, length: int, nodes: Tensor) -> None:
+        """See `Passes.select`."""
+        self._cache.move(length + nodes, length)
+
+
+def rotary_tables(frequencies: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+    """[size / 2] frequencies → cosines and sines [positions, size / 2], float32."""
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), frequencies.float().cpu())
+    return angles.cos(), angles.sin()
+
+
+def unsupported_reason(model: PreTrainedModel) -> str | None:
+    """Why the kernels cannot run a model; None if they can."""
+    name = type(model).__name__
+    if type(model) is not LlamaForCausalLM:
+        return f"The native engine runs Llama models; this one is a {name}."
+    config = model.config
+    device = model.get_input_embeddings().weight.device
+    if device.type != "cpu":
+        return f"The native engine runs on the CPU; this {name} is on {device}."
+    size = config.head_dim or config.hidden_size // config.num_attention_heads
+    sizes = (
+        (config.num_attention_heads + 2 * config.num_key_value_heads) * size,
+        config.hidden_size,
+        config.intermediate_size,
+        config.vocab_size,
+    )
+    if not (
+        size % LANES == 0
+        and all(fits(rows, 32) for rows in sizes)
+        and all(
+            fits(LANES, columns)
+            for columns in (sizes[1], sizes[2], config.num_attention_heads * size)
+        )
+    ):
+        return (
+            f"The native engine takes heads and a vocabulary in multiples of {LANES} and widths in"
+            f" multiples of 32; this model has heads of {size}, widths of {config.hidden_size} and"
+            f" {config.intermediate_size}, a vocabulary of {config.vocab_size:,}."
+        )
+    if config.hidden_act != "silu" or config.attention_bias or config.mlp_bias:
+        return "The native engine knows SiLU and no biases; this Llama has others."
+    rope = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        return f"The native engine has no rotary positions that change with the length ({rope})."
+    return None
+
+
+def _layers_of(model: PreTrainedModel) -> Iterator[LayerWeights]:
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        joined = [part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        yield LayerWeights(
+            attention_norm=layer.input_layernorm.weight,
+            qkv=torch.cat(joined).detach(),
+            out=attention.o_proj.weight.detach(),
+            mlp_norm=layer.post_attention_layernorm.weight,
+            gate=mlp.gate_proj.weight.detach(),
+            up=mlp.up_proj.weight.detach(),
+            down=mlp.down_proj.weight.detach(),
+        )

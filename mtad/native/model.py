@@ -1,0 +1,244 @@
+"""A stack of Llama's layers on the kernels: weights packed once, passes in one call each.
+
+`NativeModel` holds what never changes and may be shared; a `NativeCache` belongs to one run. Rows
+come in as embeddings and leave as hidden states and logits, so that the same code carries the
+layers of a draft that has no embedding of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtad.native import library
+from mtad.native.linear import matrix
+from mtad.native.packing import CODES4, FLOAT32, LANES, pack
+
+_FIRST_SLOTS = 512
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One pre-norm layer of grouped-query attention and a gated MLP, all float32.
+
+    Attributes:
+        attention_norm: [H].
+        qkv: [(heads + 2·kv_heads)·size, H], queries first, then keys, then values.
+        out: [H, heads·size].
+        mlp_norm: [H].
+        gate, up: [M, H].
+        down: [H, M].
+    """
+
+    attention_norm: Tensor
+    qkv: Tensor
+    out: Tensor
+    mlp_norm: Tensor
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class Rows(NamedTuple):
+    """What a pass gives for n rows.
+
+    Attributes:
+        states: [n, H] after the last layer, before the final norm.
+        logits: [n − skipped, head rows]; None if none were asked for.
+        tapped: [n, F·H] the hidden states asked for, one after the other; None if none were.
+    """
+
+    states: Tensor
+    logits: Tensor | None
+    tapped: Tensor | None
+
+
+class NativeModel:
+    """Packed layers, final norm and head.
+
+    Attributes:
+        width: H.
+        num_layers: L.
+        positions: how many positions the rotary tables hold.
+        weight_bytes: that a pass reads.
+        weights: "float32", "int4" where the layers have four bits a weight, else "int8".
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[LayerWeights],
+        norm: Tensor,  # [H]
+        head: Tensor,  # [K, H]
+        *,
+        heads: int,
+        kv_heads: int,
+        eps: float,
+        cosines: Tensor,  # [P, size / 2]
+        sines: Tensor,  # [P, size / 2]
+        exact: bool = False,
+    ) -> None:
+        kind = FLOAT32 if exact else None
+        self._kept: list[Tensor] = []  # the kernels hold pointers into these
+        self.weight_bytes = 0
+        made = [self._layer(layer, kind) for layer in layers]
+        self.width = int(norm.shape[0])
+        self.num_layers = len(made)
+        self.positions = int(cosines.shape[0])
+        self._layers = (library.Layer * len(made))(*made)
+        kinds = {each.kind for one in made for each in (one.qkv, one.out, one.gate_up, one.down)}
+        self.weights = "float32" if exact else "int4" if kinds == {CODES4} else "int8"
+        packed_head = self._matrix(head, kind)
+        size = 2 * int(cosines.shape[1])
+        self.head_rows = int(head.shape[0])
+        self._kv = (kv_heads, size)
+        self.struct = library.Model(
+            layers=len(made),
+            width=self.width,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_size=size,
+            mlp=made[0].gate_up.rows // 2,
+            eps=eps,
+            cosines=self._vector(cosines),
+            sines=self._vector(sines),
+            layer=self._layers,
+            norm=self._vector(norm),
+            head=packed_head,
+        )
+
+    def cache(self, texts: int = 1, slots: int = _FIRST_SLOTS) -> NativeCache:
+        """An empty cache for one text, or for several that grow in lockstep."""
+        return NativeCache(self, texts, slots)
+
+    def cache_shape(self, texts: int, slots: int) -> tuple[int, int, int, int]:
+        """[layers · texts, kv_heads, slots, size]: of keys and of values."""
+        kv_heads, size = self._kv
+        return self.num_layers * texts, kv_heads, slots, size
+
+    def _layer(self, weights: LayerWeights, kind: int | None) -> library.Layer:
+        # The kernel multiplies 16 gates with the 16 values that it computes next.
+        pairs = [part.view(-1, 1, LANES, part.shape[1]) for part in (weights.gate, weights.up)]
+        gate_up = torch.cat(pairs, 1).view(-1, weights.gate.shape[1])
+        return library.Layer(
+            attention_norm=self._vector(weights.attention_norm),
+            mlp_norm=self._vector(weights.mlp_norm),
+            qkv=self._matrix(weights.qkv, kind),
+            out=self._matrix(weights.out, kind),
+            gate_up=self._matrix(gate_up, kind),
+            down=self._matrix(weights.down, kind),
+        )
+
+    def _matrix(self, weight: Tensor, kind: int | None) -> library.Matrix:
+        packed = pack(weight, kind)
+        self._kept.append(packed.data)
+        self.weight_bytes += packed.data.numel()
+        return matrix(packed)
+
+    def _vector(self, values: Tensor) -> int:
+        own = values.detach().to("cpu", torch.float32).contiguous().clone()
+        self._kept.append(own)
+        return own.data_ptr()
+
+
+class NativeCache:
+    """Keys and values of one run, and the passes that fill them."""
+
+    def __init__(self, model: NativeModel, texts: int, slots: int) -> None:
+        self.model = model
+        self.texts = texts
+        self._slots = 0
+        self._keys = self._values = torch.empty(0)
+        self._reserve(slots, 0)
+
+    def forward(
+        self,
+        states: Tensor,  # [n, H]
+        positions: Tensor,  # [n]
+        prefix: int,
+        nodes: int,
+        visible: Tensor | None = None,  # [n, nodes]
+        *,
+        layers: Sequence[int] = (),
+        logits: bool = True,
+        skipped: int = 0,
+    ) -> Rows:
+        """One pass.
+
+        Args:
+            states: embeddings, float32.
+            positions: of the tokens in the text.
+            prefix: slots that every row sees.
+            nodes: slots behind them; the last n become those of the new rows. With several texts
+                1: every text gets one.
+            visible: who sees which of the nodes; None for a chain.
+            layers: hidden states to return: 0 is the embedding, i what layer i gives, the
+                last one after the final norm.
+            logits: whether to multiply with the head.
+            skipped: so many of the first rows get no logits.
+        """
+        self._reserve(prefix + nodes, prefix + nodes - (1 if self.texts > 1 else states.shape[0]))
+        model, rows = self.model, states.shape[0]
+        states = states.float().contiguous().clone()
+        place = positions.to(torch.int32).contiguous()
+        mask = None if visible is None else visible.to(torch.uint8).contiguous()
+        out = states.new_empty(rows - skipped, model.head_rows) if logits else None
+        taps = torch.tensor(layers, dtype=torch.int32)
+        tapped = states.new_empty(rows, len(layers) * model.width) if layers else None
+        threads = library.context()
+        failed = threads.library.mtad_forward(
+            threads.pointer,
+            ctypes.byref(model.struct),
+            ctypes.byref(self._struct),
+            ctypes.byref(
+                library.Pass(
+                    rows,
+                    prefix,
+                    nodes,
+                    states.data_ptr(),
+                    place.data_ptr(),
+                    None if mask is None else mask.data_ptr(),
+                    None if out is None else out.data_ptr(),
+                    skipped,
+                    len(layers),
+                    taps.data_ptr(),
+                    None if tapped is None else tapped.data_ptr(),
+                )
+            ),
+        )
+        if failed:
+            raise MemoryError(f"no memory for a pass of {rows:,} rows")
+        return Rows(states, out, tapped)
+
+    def move(self, slots: Tensor, start: int) -> None:
+        """Moves ascending slots [k] down to start, start + 1, …; what stood there is lost."""
+        index = slots.to(torch.int32).contiguous()
+        library.context().library.mtad_move(
+            ctypes.byref(self.model.struct),
+            ctypes.byref(self._struct),
+            index.data_ptr(),
+            index.shape[0],
+            start,
+        )
+
+    def _reserve(self, slots: int, used: int) -> None:
+        """Makes room for `slots`, keeping the first `used`."""
+        if slots <= self._slots:
+            return
+        # Twice as many each time: a text grows token by token.
+        size = -(-max(slots, 2 * self._slots) // LANES) * LANES
+        shape = self.model.cache_shape(self.texts, size)
+        first, heads, _, head_size = shape
+        # Keys lie in blocks of 16 slots, so that a run of slots is a run of blocks.
+        keys = torch.empty(first, heads, size // LANES, head_size * LANES)
+        values = torch.empty(shape)
+        if used:
+            blocks = -(-used // LANES)
+            keys[:, :, :blocks] = self._keys[:, :, :blocks]
+            values[:, :, :used] = self._values[:, :, :used]
+        self._keys, self._values, self._slots = keys, values, size
+        self._struct = library.Cache(keys.data_ptr(), values.data_ptr(), size, self.texts)
