@@ -734,22 +734,21 @@ def test_the_global_generator_is_left_alone(watched: Watched) -> None:
 
 def test_a_real_answer(smollm2: Any) -> None:
     """The embedded pair: text, prompt and a stop string that spans tokens."""
-    # With 8-bit inputs a near tie at the first token begins another answer than in float32.
-    settings = mtad.DecodeConfig(max_new_tokens=24, temperature=0.0)
-    trace = mtad.run("mtad", smollm2, "What is the capital of France?", config=settings)
+    # Asked more shortly, the first token is a near tie that 8-bit inputs decide otherwise.
+    question = "What is the capital city of France? Answer in one sentence."
+    settings = mtad.DecodeConfig(max_new_tokens=12, temperature=0.0)
+    trace = mtad.run("mtad", smollm2, question, config=settings)
     assert "Paris" in trace.text
     decoded = smollm2.tokenizer.decode(trace.token_ids, skip_special_tokens=True)
     assert trace.text == decoded == "".join(step.text for step in trace.steps)
-    assert trace.prompt.endswith(
-        "What is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert trace.prompt.endswith(f"{question}<|im_end|>\n<|im_start|>assistant\n")
     assert Trace.from_json(trace.to_json()) == trace
     middle = trace.text.index("Paris") - 4
     stop = trace.text[middle : middle + 6]
     cut = mtad.run(
         "mtad",
         smollm2,
-        "What is the capital of France?",
+        question,
         config=dataclasses.replace(settings, stop=(stop,)),
     )
     assert cut.stop_reason == "stop"

@@ -184,7 +184,7 @@ class ReadyPair:
 
     name = "hand-made"
     notes = ("Hand-made steps: no model runs here.",)
-    device, dtype, engine = "cpu", "float32", "none"
+    device, weights, engine = "cpu", "float32", "none"
     target_info, draft_info = ModelInfo("hand-made target"), ModelInfo("hand-made draft")
 
     def start(self) -> None:
