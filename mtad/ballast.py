@@ -39,14 +39,11 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from mtad import inspection, loading
-from mtad.copy_drafter import CopyDrafter
 from mtad.draft import Drafter
 from mtad.errors import ConfigError, PairError
 from mtad.fields import FieldCheck
 from mtad.hidden_draft import Ends, HiddenDraft
-from mtad.hidden_drafter import EagerDraft, HiddenDrafter, RunnableDraft
-from mtad.native.draft import NativeDraft
-from mtad.pairs import EAGER, NATIVE, NATIVE_FLOAT32, ModelPair, check_engine
+from mtad.pairs import EAGER, NATIVE, ModelPair, check_engine, hidden_drafter, ready_draft
 from mtad.trace import ModelInfo
 from mtad.wheel import Progress, report
 
@@ -315,21 +312,12 @@ def _draft(
         wide.head[:, :width].contiguous(),
         wide.bias,
     )
-    runnable: RunnableDraft
-    if engine == EAGER:
-        runnable = EagerDraft(draft, ends)
-        size = _bytes(draft) + ends.head.numel() * ends.head.element_size()
-    else:
-        positions = inspection.context_length(model)
-        runnable = NativeDraft(draft, ends, positions, exact=engine == NATIVE_FLOAT32)
-        size = runnable.weight_bytes
-    drafter: Drafter = HiddenDrafter(draft, runnable, pair.vocab_size)
-    if draft.config.copy_weights:
-        drafter = CopyDrafter(drafter, draft.config.copy_weights)
+    runnable = ready_draft(draft, ends, inspection.context_length(model), engine)
+    drafter = hidden_drafter(runnable, pair.vocab_size)
     info = pair.draft_info
     assert info is not None
     note = f"{info.note} Keeps its own size beside a target with ballast.".strip()
-    info = dataclasses.replace(info, weight_bytes=size, note=note)
+    info = dataclasses.replace(info, weight_bytes=runnable.weight_bytes, note=note)
     return NarrowDrafter(drafter, small, large, info)
 
 

@@ -46,7 +46,20 @@ class DraftPasses(Protocol):
 
 
 class RunnableDraft(Protocol):
-    """A `HiddenDraft` made ready for an engine, with weights that many runs may share."""
+    """A `HiddenDraft` made ready for an engine, with weights that many runs may share.
+
+    Attributes:
+        draft: what it was made from.
+        weight_bytes: that a pass reads, the rows of the target's head among them.
+    """
+
+    @property
+    def draft(self) -> HiddenDraft:
+        """See above."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """See above."""
 
     def passes(self) -> DraftPasses:
         """It with an empty cache."""
@@ -58,6 +71,8 @@ class EagerDraft:
     def __init__(self, draft: HiddenDraft, ends: Ends) -> None:
         self.draft = draft
         self.ends = ends
+        weights = (*draft.parameters(), ends.head)
+        self.weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
 
     def passes(self) -> EagerDraftPasses:
         """It with an empty cache."""
@@ -116,10 +131,10 @@ class HiddenDrafter:
     first, as the decoders do it.
     """
 
-    def __init__(self, draft: HiddenDraft, runnable: RunnableDraft, vocab_size: int) -> None:
+    def __init__(self, runnable: RunnableDraft, vocab_size: int) -> None:
         self.vocab_size = vocab_size
-        self.target_layers = draft.config.target_layers
-        self._token_ids = draft.token_ids
+        self.target_layers = runnable.draft.config.target_layers
+        self._token_ids = runnable.draft.token_ids
         self._runnable = runnable
 
     def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:

@@ -178,16 +178,10 @@ class ModelPair:
         """The draft as the engine runs it."""
         if isinstance(self.draft, PreTrainedModel):
             return self._ready(self.draft)
-        if not isinstance(self.draft, HiddenDraft):
-            return self.draft
-        if self.engine == EAGER:
-            return EagerDraft(self.draft, self.draft_ends)
-        return NativeDraft(
-            self.draft,
-            self.draft_ends,
-            inspection.context_length(self.target),
-            exact=self.engine == NATIVE_FLOAT32,
-        )
+        if isinstance(self.draft, HiddenDraft):
+            positions = inspection.context_length(self.target)
+            return ready_draft(self.draft, self.draft_ends, positions, self.engine)
+        return self.draft
 
     def _ready(self, model: PreTrainedModel) -> PreTrainedModel | NativeLlama:
         if self.engine == EAGER:
@@ -232,15 +226,13 @@ class ModelPair:
 
     def _hidden_draft_info(self, draft: HiddenDraft) -> ModelInfo:
         """Its own layers, and in the bytes of a pass the rows of the target's head as well."""
-        own = list(draft.parameters())
-        size = sum(w.numel() * w.element_size() for w in (*own, self.draft_ends.head))
-        if isinstance(self.engine_draft, NativeDraft):
-            size = self.engine_draft.weight_bytes
+        runnable = self.engine_draft
+        assert isinstance(runnable, (EagerDraft, NativeDraft))
         return ModelInfo(
             name=self.draft_name or f"hidden-state draft of {self.target_info.name}",
             revision=self.draft_revision,
-            parameters=sum(weight.numel() for weight in own),
-            weight_bytes=size,
+            parameters=sum(weight.numel() for weight in draft.parameters()),
+            weight_bytes=runnable.weight_bytes,
             note=self.draft_note,
         )
 
@@ -270,13 +262,26 @@ def as_drafter(pair: ModelPair) -> Drafter:
     runnable = pair.engine_draft
     if isinstance(runnable, (PreTrainedModel, NativeLlama)):
         return LMDrafter(CachedLM(runnable, pair.vocab_size))
-    if isinstance(pair.draft, HiddenDraft):
-        assert isinstance(runnable, (EagerDraft, NativeDraft))
-        drafter = HiddenDrafter(pair.draft, runnable, pair.vocab_size)
-        weights = pair.draft.config.copy_weights
-        return CopyDrafter(drafter, weights) if weights else drafter
+    if isinstance(runnable, (EagerDraft, NativeDraft)):
+        return hidden_drafter(runnable, pair.vocab_size)
     assert isinstance(pair.draft, Drafter)
     return pair.draft
+
+
+def ready_draft(
+    draft: HiddenDraft, ends: Ends, positions: int, engine: str
+) -> EagerDraft | NativeDraft:
+    """A draft between a target's ends as an engine runs it, for texts of up to `positions`."""
+    if engine == EAGER:
+        return EagerDraft(draft, ends)
+    return NativeDraft(draft, ends, positions, exact=engine == NATIVE_FLOAT32)
+
+
+def hidden_drafter(runnable: RunnableDraft, vocab_size: int) -> Drafter:
+    """The walk along a tree, with the copy distribution that the draft asks for."""
+    drafter = HiddenDrafter(runnable, vocab_size)
+    weights = runnable.draft.config.copy_weights
+    return CopyDrafter(drafter, weights) if weights else drafter
 
 
 def native_reason(pair: ModelPair) -> str | None:
@@ -285,7 +290,7 @@ def native_reason(pair: ModelPair) -> str | None:
     if isinstance(pair.draft, PreTrainedModel):
         reason = reason or unsupported_reason(pair.draft)
     elif isinstance(pair.draft, HiddenDraft):
-        reason = reason or unsupported_draft(pair.draft, pair.draft_ends)
+        reason = reason or unsupported_draft(pair.draft)
     return reason or library.unavailable_reason()
 
 

@@ -95,7 +95,7 @@ def test_any_walk_gives_what_reading_anew_gives(family: str) -> None:
     for _ in range(6):
         text = [pick(VOCABULARY) for _ in range(1 + pick(5))]
         reference = Reference(target, draft, begins_empty=len(text) == 1)
-        drafter = HiddenDrafter(draft, EagerDraft(draft, ends), VOCABULARY)
+        drafter = HiddenDrafter(EagerDraft(draft, ends), VOCABULARY)
         known, pending = len(text) - 1, 1
         drafter.prefill(torch.tensor(text[:-1], dtype=torch.int64), reference.hidden(text[:-1]))
 
@@ -135,7 +135,7 @@ def test_any_walk_gives_what_reading_anew_gives(family: str) -> None:
 def test_a_chain_beyond_the_target_is_read_one_by_one() -> None:
     target, draft = tiny(vocab_size=VOCABULARY), make_draft()
     reference = Reference(target, draft, begins_empty=False)
-    drafter = HiddenDrafter(draft, EagerDraft(draft, Ends.of(target, draft.token_ids)), VOCABULARY)
+    drafter = HiddenDrafter(EagerDraft(draft, Ends.of(target, draft.token_ids)), VOCABULARY)
     drafter.prefill(torch.tensor([1, 2]), reference.hidden([1, 2]))
     logits = drafter.next_logits(torch.tensor([3, 4, 5]))
     for end in range(3):
@@ -149,9 +149,7 @@ def test_a_long_prompt_is_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
     hidden = Reference(target, draft, False).hidden(text)
 
     def logits() -> Tensor:
-        drafter = HiddenDrafter(
-            draft, EagerDraft(draft, Ends.of(target, draft.token_ids)), VOCABULARY
-        )
+        drafter = HiddenDrafter(EagerDraft(draft, Ends.of(target, draft.token_ids)), VOCABULARY)
         drafter.prefill(torch.tensor(text), hidden)
         return drafter.next_logits(torch.tensor([3]))[:, ::2]
 
@@ -162,7 +160,7 @@ def test_a_long_prompt_is_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_states_that_are_missing_are_asked_for() -> None:
     target, draft = tiny(vocab_size=VOCABULARY), make_draft()
-    drafter = HiddenDrafter(draft, EagerDraft(draft, Ends.of(target, draft.token_ids)), VOCABULARY)
+    drafter = HiddenDrafter(EagerDraft(draft, Ends.of(target, draft.token_ids)), VOCABULARY)
     with pytest.raises(PairError, match="was given none.*target_layers to prefill and keep"):
         drafter.prefill(torch.tensor([1, 2]), None)
 

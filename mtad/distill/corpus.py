@@ -139,6 +139,7 @@ def write_corpus(target: Target, recipe: Recipe, folder: Path, watch: Watch) -> 
             failed.set()
             raise
 
+    _ = target.native  # packed here, once, and not by every writer
     threads = torch.get_num_threads()
     share = max(1, threads // writing.parts)
     try:

@@ -29,18 +29,18 @@ class NativeDraft:
     def __init__(
         self, draft: HiddenDraft, ends: Ends, positions: int, *, exact: bool = False
     ) -> None:
-        """Packs a draft on the CPU.
+        """Packs a draft for a `NativeLlama`.
 
         Args:
             draft: the draft, float32.
-            ends: the target's.
+            ends: the target's; its head has no bias, as no Llama's has.
             positions: how long a text can become.
             exact: keep the weights in float32 instead of 4 or 8 bits.
 
         Raises:
             PairError: its shape is not one that the kernels know.
         """
-        reason = unsupported_draft(draft, ends)
+        reason = unsupported_draft(draft)
         if reason:
             raise PairError(reason)
         config = draft.config
@@ -114,14 +114,12 @@ class NativeDraftPasses:
         """See `DraftPasses.crop`: a slot that is dropped is simply written again."""
 
 
-def unsupported_draft(draft: HiddenDraft, ends: Ends) -> str | None:
+def unsupported_draft(draft: HiddenDraft) -> str | None:
     """Why the kernels cannot run a draft; None if they can."""
     config = draft.config
     size = config.hidden_size // config.num_heads
     if draft.norm.device.type != "cpu":
         return f"The native engine runs on the CPU; this draft is on {draft.norm.device}."
-    if ends.bias is not None:
-        return "The native engine knows no biases, and the target's head has one."
     if size % LANES or config.hidden_size % GROUP or config.mlp_size % GROUP:
         return (
             f"The native engine takes heads in multiples of {LANES} and widths in multiples of"

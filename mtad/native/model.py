@@ -64,7 +64,6 @@ class NativeModel:
     Attributes:
         width: H.
         num_layers: L.
-        positions: how many positions the rotary tables hold.
         weight_bytes: that a pass reads.
         weights: "float32", "int4" where the layers have four bits a weight, else "int8".
     """
@@ -88,7 +87,6 @@ class NativeModel:
         made = [self._layer(layer, kind) for layer in layers]
         self.width = int(norm.shape[0])
         self.num_layers = len(made)
-        self.positions = int(cosines.shape[0])
         self._layers = (library.Layer * len(made))(*made)
         kinds = {each.kind for one in made for each in (one.qkv, one.out, one.gate_up, one.down)}
         self.weights = "float32" if exact else "int4" if kinds == {CODES4} else "int8"
@@ -170,7 +168,7 @@ class NativeCache:
         """One pass.
 
         Args:
-            states: embeddings, float32.
+            states: embeddings, float32 and contiguous; overwritten with what is returned.
             positions: of the tokens in the text.
             prefix: slots that every row sees.
             nodes: slots behind them; the last n become those of the new rows. With several texts
@@ -183,7 +181,6 @@ class NativeCache:
         """
         self._reserve(prefix + nodes, prefix + nodes - (1 if self.texts > 1 else states.shape[0]))
         model, rows = self.model, states.shape[0]
-        states = states.float().contiguous().clone()
         place = positions.to(torch.int32).contiguous()
         mask = None if visible is None else visible.to(torch.uint8).contiguous()
         out = states.new_empty(rows - skipped, model.head_rows) if logits else None
