@@ -6,16 +6,12 @@ import contextlib
 import dataclasses
 import json
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mtad.acceptance.measures import Costs, Row, frontier, needed_passes, rows
 from mtad.acceptance.records import (
@@ -26,7 +22,6 @@ from mtad.acceptance.records import (
     grid,
     locked,
     match,
-    spread,
 )
 from mtad.cli_acceptance_table import (
     COST_HEADINGS,
@@ -36,33 +31,39 @@ from mtad.cli_acceptance_table import (
     cells,
     cost_cells,
     frontier_cells,
-    markdown,
     notes,
-    rich_tables,
 )
 from mtad.cli_generate import (
     DeviceOption,
     DraftOption,
     DtypeOption,
     PairOption,
-    check_method,
     load,
+    method_ids,
 )
 from mtad.cli_io import (
     UsageError,
     check_separate,
     check_writable,
-    read_prompts,
     stop_on_interrupt,
     write_atomically,
 )
 from mtad.cli_options import with_config
+from mtad.cli_sweep import (
+    HELD_OUT,
+    LIMIT_HELP,
+    MarkdownOption,
+    PromptsOption,
+    RecordsOption,
+    pass_costs,
+    print_table,
+    progress,
+    read_tasks,
+)
 from mtad.config import DecodeConfig
-from mtad.errors import Cancelled, ConfigError, MtadError, PairError
-from mtad.shipped import ASSETS
-from mtad.terminal import clean, console, number
+from mtad.errors import Cancelled, ConfigError, MtadError
+from mtad.terminal import clean, console
 
-HELD_OUT = ASSETS / "prompts" / "held_out.jsonl"
 DRAFT_LENGTHS = (2, 4, 6, 8)
 
 
@@ -105,10 +106,7 @@ def acceptance(
     config: DecodeConfig,
     pair: PairOption = "smollm2",
     draft: DraftOption = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Prompt set, as for compare. Default: the held-out prompts."),
-    ] = None,
+    prompts: PromptsOption = None,
     methods: Annotated[
         str, typer.Option("--methods", "-m", help="Ids with commas between.")
     ] = "autoregressive,speculative,mtad,mtad_tree",
@@ -122,28 +120,21 @@ def acceptance(
             help="τs; several also print the frontier. Default: --accept-threshold, or 0.5."
         ),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(help="Run this many prompts only, of all kinds in turn.")
-    ] = None,
-    records: Annotated[
-        Path | None,
-        typer.Option(help="Keep finished runs in this .jsonl file, and go on where it ends."),
-    ] = None,
+    limit: Annotated[int | None, typer.Option(help=LIMIT_HELP)] = None,
+    records: RecordsOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Save the figures to this file.")
     ] = None,
-    as_markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the tables as Markdown.")
-    ] = False,
+    as_markdown: MarkdownOption = False,
 ) -> None:
     """Measure a pair on held-out prompts: tokens a pass and perplexity, with intervals.
 
     All prompts with all settings take hours on a CPU: begin with --limit 7, and keep --records.
     """
     settings = _settings(methods, gammas, thresholds, config)
-    tasks = _tasks(prompts, limit)
+    tasks = read_tasks(prompts, limit)
     check_separate({"--prompts": prompts or HELD_OUT, "--records": records, "--json": json_file})
     for file in (records, json_file):
         if file is not None:
@@ -166,9 +157,7 @@ def acceptance(
 def _settings(
     methods: str, gammas: str | None, thresholds: str | None, config: DecodeConfig
 ) -> list[Setting]:
-    names = [name.strip() for name in methods.split(",")]
-    for name in names:
-        check_method(name)
+    names = method_ids(methods)
     lengths: list[int | Literal["auto"]] = list(DRAFT_LENGTHS)
     if gammas is not None:
         lengths = [_whole(text) for text in gammas.split(",")]
@@ -197,15 +186,6 @@ def _number(text: str) -> float:
         raise UsageError(f"--thresholds holds {text!r}, but must hold numbers.") from None
 
 
-def _tasks(file: Path | None, limit: int | None) -> list[Task]:
-    if limit is not None and limit < 1:
-        raise UsageError(f"--limit is {limit}, but must be at least 1.")
-    if file is None and not HELD_OUT.is_file():
-        raise UsageError("This installation has no held-out prompts. Name some with --prompts.")
-    asked = read_prompts(file or HELD_OUT)
-    return spread([Task(one.id, one.kind, one.request()) for one in asked], limit)
-
-
 def _measure(
     models: Any,
     config: DecodeConfig,
@@ -231,8 +211,11 @@ def _run(outcome: Outcome, models: Any, file: RecordFile | None) -> None:
     todo = jobs(outcome.tasks, outcome.settings, outcome.records, outcome.config.seed)
     with stop_on_interrupt() as stop:
         try:
-            outcome.costs = _costs(outcome, models, stop, err)
-            with _progress(err, outcome.planned, len(todo)) as say:
+            width = outcome.config.beam_width
+            passes = needed_passes(outcome.settings, width)
+            outcome.costs, why = pass_costs(models, passes, width, stop, err, purpose="score")
+            outcome.notes += why
+            with progress(err, outcome.planned, len(todo)) as say:
                 for record in sweep(models, todo, outcome.config, stop):
                     if file is not None:
                         file.append(record)
@@ -243,65 +226,6 @@ def _run(outcome: Outcome, models: Any, file: RecordFile | None) -> None:
         except MtadError as error:
             outcome.failure = error
         outcome.interrupted |= stop.is_set()
-
-
-def _costs(outcome: Outcome, models: Any, stop: threading.Event, err: Console) -> Costs | None:
-    """None, and a note that says why, where the pair does not let them be measured."""
-    from mtad.acceptance.costs import measure_costs
-
-    width = outcome.config.beam_width
-    passes = needed_passes(outcome.settings, width)
-    try:
-        with err.status("") if err.is_terminal else contextlib.nullcontext() as status:
-            if status is None:
-                err.print("Measuring what the passes cost.")
-
-            def show(done: int, total: int) -> None:
-                if status is not None:
-                    status.update(f"Measuring what the passes cost: {done} of {total}")
-
-            return measure_costs(models, passes, width, cancel=stop, progress=show)
-    except PairError as error:
-        outcome.notes += (f"There is no score. {error}",)
-        err.print(clean(f"Without a score: {error}"), soft_wrap=True)
-        return None
-
-
-@contextlib.contextmanager
-def _progress(err: Console, planned: int, missing: int) -> Iterator[Callable[[Record], None]]:
-    """A bar on a terminal, a line for each finished run elsewhere; both say what remains."""
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=err,
-        transient=True,
-        disable=not err.is_terminal,
-        speed_estimate_period=600.0,
-    )
-    # What an earlier run has finished is no progress of this one.
-    task = bar.add_task("", total=missing)
-    began = time.monotonic()
-    done = 0
-
-    def say(record: Record) -> None:
-        nonlocal done
-        done += 1
-        text = clean(f"{record.setting}, {record.task_id}").replace("\n", " ")
-        bar.update(task, advance=1, description=text)
-        if err.is_terminal:
-            return
-        speed = number(record.tokens / max(record.decode_seconds, 1e-9), 1)
-        minutes = (time.monotonic() - began) / done * (missing - done) / 60
-        count = planned - missing + done
-        err.print(
-            f"{count}/{planned} {text}: {speed} tokens/s, {number(minutes, 1)} min left",
-            soft_wrap=True,
-        )
-
-    with bar:
-        yield say
 
 
 def _json(outcome: Outcome) -> str:
@@ -331,13 +255,7 @@ def _report(outcome: Outcome, as_markdown: bool) -> None:
     for headings, lines in tables:
         if not lines:
             continue
-        if as_markdown:
-            out.file.write(markdown(headings, lines) + "\n")
-            out.print()
-        else:
-            for table in rich_tables(headings, lines, out.width):
-                out.print(table)
-                out.print()
+        print_table(out, headings, lines, as_markdown=as_markdown)
         if headings == HEADINGS:
             for line in _footer(outcome):
                 shown = "- " + line.replace("*", r"\*") if as_markdown else line

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,17 +20,15 @@ from mtad.acceptance.records import Setting, Task, locked
 from mtad.bench.measures import BASELINES, Line, Row, passes_of, rows, without
 from mtad.bench.records import Run, RunFile, matching, plain
 from mtad.bench.roofline import Machine, Shape
-from mtad.cli_acceptance import HELD_OUT, _progress, _tasks
-from mtad.cli_acceptance_table import Cells, markdown, rich_tables
 from mtad.cli_bench_table import footer, tables
-from mtad.cli_compare import MAX_REPEATS
+from mtad.cli_compare import check_repeats
 from mtad.cli_generate import (
     DeviceOption,
     DraftOption,
     DtypeOption,
     PairOption,
-    check_method,
     load,
+    method_ids,
 )
 from mtad.cli_io import (
     UsageError,
@@ -41,8 +39,20 @@ from mtad.cli_io import (
 )
 from mtad.cli_options import with_config
 from mtad.cli_progress import loading
+from mtad.cli_sweep import (
+    HELD_OUT,
+    LIMIT_HELP,
+    MarkdownOption,
+    PromptsOption,
+    RecordsOption,
+    pass_costs,
+    print_table,
+    progress,
+    read_tasks,
+    stage,
+)
 from mtad.config import DecodeConfig
-from mtad.errors import Cancelled, PairError
+from mtad.errors import Cancelled
 from mtad.terminal import clean, console
 
 METHODS = "autoregressive,speculative,mtad,mtad_tree,specinfer"
@@ -112,18 +122,10 @@ def bench(
             "--transformers", help="Its rows: float32, bfloat16, assisted; or none of them."
         ),
     ] = ",".join(BASELINES),
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Prompt set, as for compare. Default: the held-out prompts."),
-    ] = None,
-    limit: Annotated[
-        int, typer.Option(help="Run this many prompts only, of all kinds in turn.")
-    ] = PROMPTS,
+    prompts: PromptsOption = None,
+    limit: Annotated[int, typer.Option(help=LIMIT_HELP)] = PROMPTS,
     repeats: Annotated[int, typer.Option(help="Runs of each row and prompt. 1 to 1000.")] = 1,
-    records: Annotated[
-        Path | None,
-        typer.Option(help="Keep finished runs in this .jsonl file, and go on where it ends."),
-    ] = None,
+    records: RecordsOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     engine: Annotated[
@@ -136,16 +138,13 @@ def bench(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Save runs, figures, costs and machine here.")
     ] = None,
-    as_markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the tables as Markdown.")
-    ] = False,
+    as_markdown: MarkdownOption = False,
 ) -> None:
     """Time our methods beside transformers' generate, and against what the machine could do."""
-    chosen = _methods(methods)
+    chosen = method_ids(methods)
     foreign = _baselines(baselines)
-    if not 1 <= repeats <= MAX_REPEATS:
-        raise UsageError(f"--repeats is {repeats}, but must be from 1 to {MAX_REPEATS}.")
-    tasks = _tasks(prompts, limit)
+    check_repeats(repeats)
+    tasks = read_tasks(prompts, limit)
     check_separate({"--prompts": prompts or HELD_OUT, "--records": records, "--json": json_file})
     for file in (records, json_file):
         if file is not None:
@@ -171,13 +170,6 @@ def bench(
         raise typer.Exit(1)
 
 
-def _methods(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        check_method(name)
-    return list(dict.fromkeys(names))
-
-
 def _baselines(text: str) -> list[str]:
     if text.strip() == "none":
         return []
@@ -200,22 +192,19 @@ def _load(
     ballast: str | None,
 ) -> Any:
     """The pair, with the draft, the ballast and the engine that were asked for."""
-    from mtad.pairs import check_engine
+    from mtad.pairs import EAGER, check_engine
 
     if engine is not None:
         check_engine(engine)
-    if ballast is not None:
-        from mtad.ballast import SHAPES, with_ballast
+    if ballast is None:
+        return load(pair, device, dtype, draft, engine)
+    from mtad.ballast import SHAPES, with_ballast
 
-        if ballast not in SHAPES:
-            raise UsageError(f"--ballast is {ballast!r}, but must be one of {', '.join(SHAPES)}.")
-    models = load(pair, device, dtype, draft)
-    if ballast is not None:
-        with loading(sys.stderr) as progress:
-            models = with_ballast(models, ballast, progress=progress)
-    if engine not in (None, models.engine):
-        models = dataclasses.replace(models, engine=engine)
-    return models
+    if ballast not in SHAPES:
+        raise UsageError(f"--ballast is {ballast!r}, but must be one of {', '.join(SHAPES)}.")
+    small = load(pair, device, dtype, draft, EAGER)  # nobody runs it
+    with loading(sys.stderr) as bar:
+        return with_ballast(small, ballast, engine=engine or EAGER, progress=bar)
 
 
 def _measure(
@@ -263,8 +252,11 @@ def _run(
     with stop_on_interrupt() as stop:
         try:
             outcome.machine = _machine(outcome, models, stop, err)
-            outcome.costs = _costs(outcome, models, stop, err)
-            with _progress(err, outcome.planned, len(todo)) as say:
+            passes = passes_of(settings, config)
+            width = config.beam_width
+            outcome.costs, why = pass_costs(models, passes, width, stop, err, purpose="prediction")
+            outcome.notes += why
+            with progress(err, outcome.planned, len(todo)) as say:
                 for found in measure(systems, todo, prompts, config, stop):
                     if isinstance(found, Failure):
                         outcome.failures[found.setting] = found.message
@@ -283,40 +275,8 @@ def _machine(outcome: Outcome, models: Any, stop: threading.Event, err: Console)
     from mtad.bench.machine import measure_machine
 
     dtypes = [line.dtype for line in outcome.lines if line.absent is None]
-    with _stage(err, "Measuring what the machine can do") as show:
+    with stage(err, "Measuring what the machine can do") as show:
         return measure_machine(models.device, dtypes, cancel=stop, progress=show)
-
-
-def _costs(outcome: Outcome, models: Any, stop: threading.Event, err: Console) -> Costs | None:
-    """None, and a note that says why, where the pair does not let them be measured."""
-    from mtad.acceptance.costs import measure_costs
-
-    config = outcome.config
-    passes = passes_of(outcome.settings, config)
-    try:
-        with _stage(err, "Measuring what the passes cost") as show:
-            return measure_costs(
-                models,
-                passes,
-                config.beam_width,
-                cancel=stop,
-                progress=lambda done, total: show(f"{done} of {total}"),
-            )
-    except PairError as error:
-        outcome.notes += (f"There is no prediction. {error}",)
-        err.print(clean(f"Without a prediction: {error}"), soft_wrap=True)
-        return None
-
-
-@contextlib.contextmanager
-def _stage(err: Console, what: str) -> Iterator[Callable[[str], None]]:
-    """One line that says what lasts; on a terminal also how far it is."""
-    if not err.is_terminal:
-        err.print(f"{what}.")
-        yield lambda how_far: None
-        return
-    with err.status(what) as status:
-        yield lambda how_far: status.update(clean(f"{what}: {how_far}"))
 
 
 def _json(outcome: Outcome) -> str:
@@ -343,7 +303,7 @@ def _report(outcome: Outcome, as_markdown: bool) -> None:
     out, err = console(sys.stdout), console(sys.stderr)
     if outcome.runs:
         for headings, lines in tables(outcome.found, outcome.costs):
-            _print(out, headings, lines, as_markdown)
+            print_table(out, headings, lines, as_markdown=as_markdown)
         for line in (*footer(outcome.found, outcome.costs, outcome.machine), *_setup(outcome)):
             shown = "- " + line.replace("*", r"\*") if as_markdown else line
             out.print(clean(shown).replace("\n", " "), soft_wrap=True)
@@ -351,15 +311,6 @@ def _report(outcome: Outcome, as_markdown: bool) -> None:
         err.print(f"Stopped: {len(outcome.runs)} of {outcome.planned} runs were finished.")
     for setting, message in outcome.failures.items():
         err.print(clean(f"mtad: {setting} failed at {message}"), soft_wrap=True)
-
-
-def _print(out: Console, headings: Cells, lines: Sequence[Cells], as_markdown: bool) -> None:
-    if as_markdown:
-        out.file.write(markdown(headings, lines) + "\n\n")
-        return
-    for table in rich_tables(headings, lines, out.width):
-        out.print(table)
-        out.print()
 
 
 def _setup(outcome: Outcome) -> list[str]:

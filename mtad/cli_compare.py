@@ -28,8 +28,8 @@ from mtad.cli_generate import (
     DraftOption,
     DtypeOption,
     PairOption,
-    check_method,
     load,
+    method_ids,
 )
 from mtad.cli_io import (
     Prompt,
@@ -105,8 +105,7 @@ def compare(
 ) -> None:
     """Run several methods on the same prompts and print one table."""
     chosen = _methods(methods)
-    if not 1 <= repeats <= MAX_REPEATS:
-        raise UsageError(f"--repeats is {repeats}, but must be from 1 to {MAX_REPEATS}.")
+    check_repeats(repeats)
     if (prompt is None) == (prompts is None):
         raise UsageError("Give either one PROMPT or --prompts FILE.")
     asked = read_prompts(prompts) if prompts is not None else [Prompt("prompt", str(prompt))]
@@ -146,10 +145,17 @@ def compare(
 def _methods(text: str) -> list[str]:
     if text.strip() == "all":
         return [info.id for info in catalogue()]
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        check_method(name)
-    return list(dict.fromkeys(names))
+    return method_ids(text)
+
+
+def check_repeats(repeats: int) -> None:
+    """Refuses a number of repeats.
+
+    Raises:
+        UsageError: names the allowed range.
+    """
+    if not 1 <= repeats <= MAX_REPEATS:
+        raise UsageError(f"--repeats is {repeats}, but must be from 1 to {MAX_REPEATS}.")
 
 
 def _prepare(path: Path, one_file: bool) -> None:

@@ -137,13 +137,31 @@ def as_prompt(text: str, *, system: str | None = None, raw: bool = False) -> dic
     return {"prompt": text}
 
 
-def load(pair: str, device: str | None, dtype: str | None, draft: Path | None) -> Any:
+def method_ids(text: str) -> list[str]:
+    """Ids with commas between, each once.
+
+    Raises:
+        UsageError: there is no such method.
+    """
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        check_method(name)
+    return list(dict.fromkeys(names))
+
+
+def load(
+    pair: str,
+    device: str | None,
+    dtype: str | None,
+    draft: Path | None,
+    engine: str | None = None,
+) -> Any:
     """The pair, loaded with a bar on stderr; with the draft of a folder, if one is given."""
     from mtad.draft_files import load_draft
     from mtad.pairs import load_pair
 
     with loading(sys.stderr) as progress:
-        models = load_pair(pair, device=device, dtype=dtype, progress=progress)
+        models = load_pair(pair, device=device, dtype=dtype, engine=engine, progress=progress)
     if draft is None:
         return models
     found = load_draft(draft, models.target)
