@@ -60,6 +60,11 @@ class CudaClock:
         return float(start.elapsed_time(end)) / 1e3
 
 
+def clock_for(device: torch.device) -> Clock:
+    """The clock that tells the time of a device's own work."""
+    return CudaClock() if device.type == "cuda" else WallClock()
+
+
 @dataclass
 class Span:
     """One stretch of work: "prefill", "draft" or "verify"."""

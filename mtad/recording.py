@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mtad.energy import EnergyWindows, Meter
+from mtad.energy import EnergyWindows, Meter, none_meter, probe
 from mtad.lm import Recorder
 from mtad.text import Detokenizer
 from mtad.trace import Decision, Step, replace_emitted
@@ -175,6 +175,16 @@ def _shorten(texts: Sequence[str], excess: int) -> tuple[list[str], int]:
         shortened[index] = texts[index][: len(texts[index]) - taken]
         excess -= taken
     return shortened, excess
+
+
+def meter_for(model: torch.nn.Module, device: torch.device) -> Meter:
+    """The best meter for the board that a model stands on; none for several boards."""
+    boards = {parameter.device for parameter in model.parameters()}
+    if len(boards) > 1:
+        return none_meter(
+            f"The target is spread over {len(boards)} devices, and one sensor sees one of them."
+        )
+    return probe(device)
 
 
 def synchronize(device: torch.device) -> None:

@@ -25,13 +25,13 @@ from mtad.catalogue import MethodInfo, method_info
 from mtad.config import DecodeConfig
 from mtad.decoders import load_decoder
 from mtad.draft import Drafter, RecordedDrafter
-from mtad.energy import Meter, none_meter, probe
+from mtad.energy import Meter
 from mtad.errors import Cancelled, ConfigError, DeadlineExceeded, PairError, PromptError
 from mtad.hidden_draft import HiddenDraft
-from mtad.lm import CachedLM, Clock, CudaClock, Recorder, WallClock
+from mtad.lm import CachedLM, Recorder, clock_for
 from mtad.metrics import summarize
 from mtad.pairs import ModelPair, as_drafter
-from mtad.recording import Scribe, Timing, synchronize
+from mtad.recording import Scribe, Timing, meter_for, synchronize
 from mtad.text import encode_prompt
 from mtad.trace import Decision, Step, StopReason, Trace
 from mtad.version import __version__
@@ -236,9 +236,9 @@ class _Run:
         pair, device = self.pair, self.pair.device
         with contextlib.suppress(Cancelled):  # the run's own first pass says so again
             _warm_up(pair, self._check)
-        meter = self._meter or _meter_for(pair)
+        meter = self._meter or meter_for(pair.target, device)
         timing = Timing(device, meter)
-        recorder = Recorder(_clock(device), on_decode=timing.begin_decoding)
+        recorder = Recorder(clock_for(device), on_decode=timing.begin_decoding)
         target = CachedLM(pair.engine_target, pair.vocab_size, recorder=recorder, check=self._check)
         budget = min(self.config.max_new_tokens, self.room)
         decisions = load_decoder(self.info.id)(
@@ -310,20 +310,6 @@ class _Run:
     def _drafter(self, recorder: Recorder) -> Drafter:
         drafter = as_drafter(self.pair)
         return RecordedDrafter(drafter, self.pair.vocab_size, recorder, self._check)
-
-
-def _clock(device: torch.device) -> Clock:
-    return CudaClock() if device.type == "cuda" else WallClock()
-
-
-def _meter_for(pair: ModelPair) -> Meter:
-    """The best meter for the board that the pair stands on; none for several boards."""
-    boards = {parameter.device for parameter in pair.target.parameters()}
-    if len(boards) > 1:
-        return none_meter(
-            f"The target is spread over {len(boards)} devices, and one sensor sees one of them."
-        )
-    return probe(pair.device)
 
 
 def _warm_up(pair: ModelPair, check: Callable[[], None]) -> None:

@@ -1085,7 +1085,7 @@ def test_other_families_learn(family: str, tmp_path: Path) -> None:
 
 
 def test_a_cpu_computes_in_bfloat16_only_if_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = "mtad.distill.targets._cpu_info"
+    flags = "mtad.processor.cpu_info"
     monkeypatch.setattr(flags, lambda: ["model name : x", "flags : sse avx2 amx_bf16"])
     assert fast_dtype(torch.device("cpu")) == (torch.bfloat16, "this CPU has amx_bf16")
     monkeypatch.setattr(flags, list)

@@ -26,6 +26,7 @@ from mtad.errors import (
     PairError,
     PromptError,
 )
+from mtad.recording import meter_for
 from mtad.runner import device_lock
 from mtad.trace import EnergyReading, Step, Trace
 from tests.models import tiny
@@ -650,7 +651,7 @@ def test_without_a_sensor_joules_are_missing_with_a_reason(watched: Watched) -> 
 def test_a_target_on_several_devices_has_no_joules(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta")]
     spread = SimpleNamespace(target=torch.nn.Sequential(*parts), device=CPU)
-    meter = runner._meter_for(spread)  # type: ignore[arg-type]
+    meter = meter_for(spread.target, spread.device)
     meter.start()
     reading = meter.stop().end_to_end
     assert reading.joules is None

@@ -29,13 +29,12 @@ from mtad.bench.records import Run
 from mtad.bench.roofline import Shape
 from mtad.bench.shapes import shape_of
 from mtad.config import DecodeConfig
-from mtad.energy import Meter, none_meter, probe
 from mtad.errors import Cancelled, MtadError
-from mtad.lm import CachedLM, Clock, CudaClock, WallClock
+from mtad.lm import CachedLM, clock_for
 from mtad.loading import dtype_name
 from mtad.metrics import NGRAM
 from mtad.pairs import ModelPair
-from mtad.recording import Timing, synchronize
+from mtad.recording import Timing, meter_for, synchronize
 from mtad.runner import device_lock
 from mtad.sampling import token_logprobs
 from mtad.trace import StopReason
@@ -119,7 +118,7 @@ class Transformers:
     ) -> Run:
         pair, device = self.pair, self.pair.device
         budget = min(config.max_new_tokens, pair.context_length - len(prompt_ids))
-        timing = Timing(device, _meter(self.target, device))
+        timing = Timing(device, meter_for(self.target, device))
         watch = _Watch(device, timing, cancel)
         given = torch.tensor([list(prompt_ids)], dtype=torch.int64, device=device)
         boards = [device] if device.type == "cuda" else []
@@ -228,7 +227,7 @@ class _Watch:
     def __init__(self, device: torch.device, timing: Timing, cancel: threading.Event) -> None:
         self.target, self.draft = _Passes(), _Passes()
         self.first_tokens = 0
-        self._clock: Clock = CudaClock() if device.type == "cuda" else WallClock()
+        self._clock = clock_for(device)
         self._device = device
         self._timing = timing
         self._cancel = cancel
@@ -339,13 +338,6 @@ def _hushed() -> Iterator[None]:
         yield
     finally:
         remarks.set_verbosity(level)
-
-
-def _meter(model: PreTrainedModel, device: torch.device) -> Meter:
-    boards = {weight.device for weight in model.parameters()}
-    if len(boards) > 1:
-        return none_meter(f"The target is spread over {len(boards)} devices; one sensor sees one.")
-    return probe(device)
 
 
 @torch.inference_mode()

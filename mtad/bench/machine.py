@@ -18,6 +18,7 @@ import transformers
 from mtad import loading
 from mtad.bench.roofline import Machine
 from mtad.errors import Cancelled
+from mtad.processor import cpu_name
 from mtad.recording import synchronize
 from mtad.version import __version__
 
@@ -88,13 +89,8 @@ def machine_name(device: torch.device) -> str:
     """The processor or board, and torch's threads."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    name = ""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        name = next(line.split(":", 1)[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor()
-    return f"{name.strip() or platform.machine()}, {torch.get_num_threads()} threads"
+    name = cpu_name() or platform.processor().strip() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def versions() -> dict[str, str]:

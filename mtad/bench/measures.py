@@ -367,17 +367,9 @@ def _target_pass(
     runs = own.values()
     passes = sum(run.timed_passes for run in runs)
     seconds = math.fsum(run.record.verify_seconds for run in runs)
-    if shape is None or machine is None or not passes or not seconds:
-        return None
     positions = sum(run.record.target_positions for run in runs)
-    return reached(
-        shape,
-        rows=positions / sum(run.record.target_passes for run in runs),
-        context=_context(own),
-        seconds=seconds / passes,
-        read_bytes_per_second=machine.read_bytes_per_second,
-        operations_per_second=machine.operations_per_second.get(dtype),
-    )
+    width = ratio(positions, sum(run.record.target_passes for run in runs))
+    return _limit(own, shape, machine, dtype, passes, seconds, width)
 
 
 def _draft_step(
@@ -386,11 +378,24 @@ def _draft_step(
     runs = list(own.values())
     passes = sum(run.timed_draft_passes for run in runs)
     seconds = math.fsum(run.record.draft_seconds for run in runs)
-    if shape is None or machine is None or not passes or not seconds:
-        return None
     counted = [run.timed_draft_positions for run in runs if run.timed_draft_positions is not None]
-    width = sum(counted) / passes if counted else draft_rows(runs[0].record.setting, config)
-    if width is None:
+    width = draft_rows(runs[0].record.setting, config)
+    if counted and passes:
+        width = sum(counted) / passes
+    return _limit(own, shape, machine, dtype, passes, seconds, width)
+
+
+def _limit(
+    own: Runs,
+    shape: Shape | None,
+    machine: Machine | None,
+    dtype: str,
+    passes: int,
+    seconds: float,
+    width: float | None,
+) -> Reached | None:
+    """The mean of passes of `width` rows against its limit; None where one of them is unknown."""
+    if shape is None or machine is None or width is None or not passes or not seconds:
         return None
     return reached(
         shape,

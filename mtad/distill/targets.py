@@ -20,6 +20,7 @@ from mtad.hidden_draft import HiddenDraftConfig
 from mtad.native import library
 from mtad.native.llama import NativeLlama, unsupported_reason
 from mtad.presets import find_preset, presets
+from mtad.processor import cpu_flags, cpu_name
 from mtad.wheel import Progress
 
 # Values of each parameter that go into the digest: all layers count, and it takes no time.
@@ -191,7 +192,7 @@ def fast_dtype(device: torch.device) -> tuple[torch.dtype, str]:
         dtype = loading.resolve_dtype(None, device)
         return dtype, f"{torch.cuda.get_device_name(device)} computes in it"
     if device.type == "cpu":
-        found = sorted({"amx_bf16", "avx512_bf16"} & _cpu_flags())
+        found = sorted({"amx_bf16", "avx512_bf16"} & cpu_flags())
         if found:
             return torch.bfloat16, f"this CPU has {found[0]}"
         return torch.float32, "no bfloat16 instructions known of this CPU"
@@ -212,19 +213,4 @@ def hardware(device: torch.device) -> str:
     """One line for the model card."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    names = [line for line in _cpu_info() if line.startswith("model name")]
-    name = names[0].partition(":")[2].strip() if names else device.type
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def _cpu_flags() -> set[str]:
-    lines = [line for line in _cpu_info() if line.startswith("flags")]
-    return set(lines[0].split()) if lines else set()
-
-
-def _cpu_info() -> list[str]:
-    """Lines of /proc/cpuinfo; none where there is no such file."""
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
+    return f"{cpu_name() or device.type}, {torch.get_num_threads()} threads"

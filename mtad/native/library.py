@@ -23,6 +23,7 @@ import torch
 
 from mtad.errors import PairError
 from mtad.fetch import cache_root
+from mtad.processor import cpu_info
 
 SOURCE = Path(__file__).with_name("kernels.c")
 # No flag may let the compiler reorder sums: a row's result must not depend on its neighbours.
@@ -200,12 +201,9 @@ def _library_file(compiler: str, flags: Sequence[str]) -> Path:
 
 def _processor() -> str:
     """What the compiler would see of the processor: a cache may be shared by two machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
     wanted = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
+    lines = [line for line in cpu_info() if line.startswith(wanted)]
+    return "\n".join(dict.fromkeys(lines)) or platform.processor()
 
 
 def _compile(compiler: str, flags: Sequence[str], file: Path) -> None:
