@@ -198,7 +198,8 @@ def _load(
         check_engine(engine)
     if ballast is None:
         return load(pair, device, dtype, draft, engine)
-    from mtad.ballast import SHAPES, with_ballast
+    from mtad.ballast import SHAPES
+    from mtad.ballast_pair import with_ballast
 
     if ballast not in SHAPES:
         raise UsageError(f"--ballast is {ballast!r}, but must be one of {', '.join(SHAPES)}.")

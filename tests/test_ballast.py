@@ -13,7 +13,8 @@ from transformers import LlamaForCausalLM
 
 import mtad
 from mtad import inspection, loading
-from mtad.ballast import SHAPES, BallastShape, NarrowDrafter, ballast, with_ballast
+from mtad.ballast import SHAPES, BallastShape, ballast
+from mtad.ballast_pair import NarrowDrafter, with_ballast
 from mtad.copy_drafter import CopyDrafter
 from mtad.draft import Drafter
 from mtad.errors import ConfigError, PairError
