@@ -1,0 +1,274 @@
+"""The kernels: against float arithmetic, in every build that this processor runs, to the bit."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from mtad.errors import PairError
+from mtad.lm import CachedLM
+from mtad.native import library
+from mtad.native.linear import matrix
+from mtad.native.llama import NativeLlama, unsupported_reason
+from mtad.native.packing import CODES4, CODES8, FLOAT32, Packed, pack, unpack
+from mtad.processor import cpu_flags
+from tests.models import tiny
+
+pytestmark = pytest.mark.skipif(
+    library.unavailable_reason() is not None, reason="no C compiler on this machine"
+)
+
+BUILDS: dict[str, tuple[str, ...] | None] = {"native": None, "plain": ()}
+if platform.machine() == "x86_64" and {"avx2", "fma", "f16c"} <= cpu_flags():
+    BUILDS["avx2"] = ("-mavx2", "-mfma", "-mf16c")
+VOCABULARY = 64
+
+
+def with_four_bits(rows: int, columns: int) -> Tensor:
+    """Weights of sixteen evenly spaced values a group, as a dequantised Q4_1 file has them."""
+    codes = torch.randint(16, (rows, columns // 32, 32))
+    codes[..., 0], codes[..., 1] = 0, 15  # that format stretches from the least to the largest
+    scales = torch.rand(rows, columns // 32, 1).half().float() + 0.5
+    minima = torch.randn(rows, columns // 32, 1).half().float()
+    return (codes * scales.half().float() + minima).view(rows, columns)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """An input as the kernels see it: 8 bits in groups of 32."""
+    groups = x.double().view(*x.shape[:-1], -1, 32)
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    return torch.where(scale > 0, (groups / scale).round() * scale, 0.0).view(x.shape)
+
+
+def times(packed: Packed, x: Tensor, flags: tuple[str, ...] | None, threads: int = 2) -> Tensor:
+    context = library.Context(threads, library.load(flags))
+    out, weights = x.new_empty(x.shape[0], packed.rows), matrix(packed)
+    pointers = ctypes.byref(weights), x.data_ptr(), out.data_ptr()
+    assert not context.library.mtad_linear(context.pointer, *pointers, x.shape[0])
+    return out
+
+
+def tiny_llama(**changes: Any) -> PreTrainedModel:
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "head_dim": 16,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "max_position_embeddings": 1200,
+        "initializer_range": 0.2,
+    }
+    return tiny("llama", **{**sizes, **changes})
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(1)
+        yield
+
+
+# Packing
+
+
+def test_four_bits_are_taken_only_where_they_lose_nothing() -> None:
+    small = with_four_bits(32, 96)
+    packed = pack(small)
+    assert packed.kind == CODES4
+    assert torch.allclose(unpack(packed), small, rtol=0, atol=1e-5)
+    spoilt = small.clone()
+    spoilt[5, 40] += 0.3
+    assert pack(spoilt).kind == pack(torch.randn(32, 96)).kind == CODES8
+
+
+def test_eight_bits_are_within_half_a_step() -> None:
+    weight = torch.randn(48, 64)
+    steps = weight.view(48, 2, 32).abs().amax(-1, keepdim=True) / 127
+    missed = (unpack(pack(weight)) - weight).view(48, 2, 32).abs()
+    # The scale is a float16: an 11-bit error of at most 127 steps comes on top.
+    assert bool((missed <= (0.5 + 127 / 2048) * steps).all())
+
+
+def test_a_group_of_zeros_stays_zero() -> None:
+    for kind in (None, CODES8, FLOAT32):
+        assert not unpack(pack(torch.zeros(16, 64), kind)).any()
+
+
+# Products
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("kind", [FLOAT32, CODES8, CODES4], ids=["float32", "8 bits", "4 bits"])
+def test_products_are_those_of_the_unpacked_weights(kind: int, build: str) -> None:
+    weight = with_four_bits(80, 160) if kind == CODES4 else torch.randn(80, 160)
+    packed = pack(weight, FLOAT32 if kind == FLOAT32 else None)
+    assert packed.kind == kind
+    x = torch.randn(19, 160) * torch.logspace(-3, 3, 19).unsqueeze(1)
+    x[3] = 0
+    seen = x.double() if kind == FLOAT32 else rounded(x)
+    expected = seen @ unpack(packed).double().T
+    found = times(packed, x, BUILDS[build])
+    size = seen.abs() @ unpack(packed).double().abs().T
+    assert bool(((found - expected).abs() <= 1e-5 * size + 1e-30).all())
+
+
+@pytest.mark.parametrize("kind", [FLOAT32, CODES8, CODES4])
+def test_a_row_does_not_depend_on_its_neighbours_or_on_the_threads(kind: int) -> None:
+    weight = with_four_bits(48, 96) if kind == CODES4 else torch.randn(48, 96)
+    packed = pack(weight, FLOAT32 if kind == FLOAT32 else None)
+    x = torch.randn(13, 96)
+    together = times(packed, x, None)
+    for row in range(13):
+        assert torch.equal(times(packed, x[row : row + 1].clone(), None, 1)[0], together[row])
+    assert torch.equal(times(packed, x, None, 3), together)
+
+
+def test_extreme_inputs_round_as_they_should() -> None:
+    packed = pack(torch.full((16, 32), 127.0))
+    x = torch.zeros(1, 32)
+    x[0, 0], x[0, 1] = 127.0, -127.0
+    assert torch.equal(times(packed, x, None), torch.zeros(1, 16))
+    x[0] = -127.0
+    for flags in BUILDS.values():
+        # The largest sum of products that a group of codes can have.
+        assert torch.allclose(times(packed, x, flags), torch.tensor(-32 * 127.0**2), rtol=1e-4)
+
+
+# Whole models
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1, "head_dim": 32},
+        {"tie_word_embeddings": True, "rms_norm_eps": 1e-2},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    ],
+    ids=str,
+)
+def test_in_float32_logits_and_states_are_those_of_transformers(changes: dict[str, Any]) -> None:
+    model = tiny_llama(**changes)
+    ids = torch.randint(VOCABULARY, (37,))
+    expected = model(ids[None], output_hidden_states=True)
+    layers = (0, 2, 3)
+    found = CachedLM(NativeLlama(model, exact=True)).forward(ids, layers=layers)
+    assert torch.allclose(found.logits, expected.logits[0], atol=1e-4)
+    states = torch.cat([expected.hidden_states[layer][0] for layer in layers], -1)
+    assert found.hidden is not None and torch.allclose(found.hidden, states, atol=1e-4)
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["float32", "8 bits"])
+def test_chain_tree_and_token_by_token_agree_to_the_bit(exact: bool) -> None:
+    llama = NativeLlama(tiny_llama(), exact=exact)
+    text = torch.randint(VOCABULARY, (23,))
+    whole = CachedLM(llama).forward(text).logits
+    single, grown = CachedLM(llama), CachedLM(llama)
+    for place in range(23):
+        assert torch.equal(single.forward(text[place : place + 1]).logits[0], whole[place])
+        single.keep(1)
+    # The last four tokens as a path of a tree among other nodes, in two calls, kept, and gone on.
+    grown.prefill(text[:18])
+    others = torch.randint(VOCABULARY, (5,))
+    nodes = torch.stack([others[0], text[18], text[19], others[1], others[2]])
+    first = grown.forward(nodes, torch.tensor([-1, -1, 1, 0, 1]), levels=2).logits
+    second = grown.forward(
+        torch.stack([others[3], text[20], others[4]]), torch.tensor([4, 2, 2]), levels=1
+    ).logits
+    assert torch.equal(torch.stack([first[1], first[2], second[1]]), whole[18:21])
+    grown.keep(torch.tensor([1, 2, 6]))
+    assert torch.equal(grown.forward(text[21:]).logits, whole[21:])
+    grown.rollback(10)
+    assert torch.equal(grown.forward(text[10:]).logits, whole[10:])
+
+
+def test_a_cache_that_grows_loses_nothing() -> None:
+    llama = NativeLlama(tiny_llama(), exact=True)
+    text = torch.randint(VOCABULARY, (1100,))
+    lm = CachedLM(llama)
+    lm.prefill(text[:1099])
+    whole = llama.model.cache(slots=1100).forward(llama.embed(text), torch.arange(1100), 0, 1100)
+    assert whole.logits is not None
+    assert torch.equal(lm.forward(text[1099:]).logits[0], whole.logits[-1])
+
+
+def test_texts_in_lockstep_are_those_one_by_one() -> None:
+    llama = NativeLlama(tiny_llama())
+    texts = torch.randint(VOCABULARY, (5, 21))
+    together = llama.model.cache(5, 21)
+    steps = []
+    for place in range(21):
+        rows = together.forward(
+            llama.embed(texts[:, place]), torch.full((5,), place), place, 1, layers=(1, 3)
+        )
+        assert rows.logits is not None and rows.tapped is not None
+        steps.append(torch.cat([rows.logits, rows.tapped], -1))
+    for text, found in zip(texts, torch.stack(steps, 1), strict=True):
+        alone = CachedLM(llama).forward(text, layers=(1, 3))
+        assert alone.hidden is not None
+        assert torch.equal(torch.cat([alone.logits, alone.hidden], -1), found)
+
+
+def test_rows_that_are_skipped_get_no_logits() -> None:
+    llama = NativeLlama(tiny_llama())
+    text = torch.randint(VOCABULARY, (9,))
+    places = torch.arange(9)
+    whole = llama.model.cache().forward(llama.embed(text), places, 0, 9)
+    for layers in ((), (3,)):
+        cut = llama.model.cache().forward(llama.embed(text), places, 0, 9, layers=layers, skipped=7)
+        assert whole.logits is not None and cut.logits is not None
+        assert torch.equal(cut.logits, whole.logits[7:])
+        assert torch.equal(cut.states, whole.states)
+
+
+# What cannot be run
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"head_dim": 8}, "heads of 8"),
+        ({"intermediate_size": 90}, "widths of 64 and 90"),
+        ({"vocab_size": 63}, "a vocabulary of 63"),
+        ({"hidden_act": "gelu"}, "SiLU"),
+        ({"attention_bias": True}, "no biases"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "dynamic",
+        ),
+    ],
+    ids=str,
+)
+def test_a_shape_that_the_kernels_do_not_know_is_refused(
+    changes: dict[str, Any], said: str
+) -> None:
+    model = tiny_llama(**changes)
+    assert said in str(unsupported_reason(model))
+    with pytest.raises(PairError, match=said):
+        NativeLlama(model)
+
+
+def test_without_a_compiler_the_message_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(PairError, match="no C compiler here. Install gcc or clang"):
+        library.load.__wrapped__()
+
+
+def test_a_compiler_that_fails_is_named_and_leaves_no_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("MTAD_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", "false")
+    with pytest.raises(PairError, match="could not be compiled with .*false.*choose another"):
+        library.load.__wrapped__()
+    assert not list((tmp_path / "kernels").iterdir())
