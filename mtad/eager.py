@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from mtad import tree
+from mtad import inspection, tree
 from mtad.errors import PairError
 
 
@@ -78,6 +78,7 @@ class EagerPasses:
         # every layer can roll back; the masks still apply the window.
         self._cache = DynamicCache()
         self._windows = _attention_windows(model)
+        self._cache_argument = {inspection.cache_argument(model) or "cache": self._cache}
         accepted = inspect.signature(model.forward).parameters
         self._last_logit_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
 
@@ -140,9 +141,9 @@ class EagerPasses:
             input_ids=token_ids.unsqueeze(0),
             attention_mask=mask,
             position_ids=positions.unsqueeze(0),
-            past_key_values=self._cache,
             use_cache=True,
             output_hidden_states=bool(layers),
+            **self._cache_argument,
             **kwargs,
         )
 

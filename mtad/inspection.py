@@ -100,6 +100,15 @@ def model_info(
     )
 
 
+def cache_argument(model: PreTrainedModel) -> str | None:
+    """What a model calls the cache that it is given; None if it takes none.
+
+    transformers 5.24 renamed it; code that came with a model may keep the older name.
+    """
+    accepted = inspect.signature(type(model).forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in accepted), None)
+
+
 def check_model(role: str, model: Any) -> None:
     """Refuses what cannot be decoded with caches that roll back.
 
@@ -129,11 +138,14 @@ def check_model(role: str, model: Any) -> None:
             " Choose a model with plain attention layers."
         )
     accepted = inspect.signature(type(model).forward).parameters
-    for argument in ("past_key_values", "position_ids"):
-        if argument not in accepted:
+    for what, taken in (
+        ("cache", cache_argument(model) is not None),
+        ("position_ids", "position_ids" in accepted),
+    ):
+        if not taken:
             raise PairError(
-                f"The {role} {name} takes no {argument}, so that its cache cannot roll back or"
-                " hold a token tree. Choose a model such as Llama, OPT, Qwen or GPT-2."
+                f"The {role} {name} takes no {what}, so that its cache cannot roll back or hold a"
+                " token tree. Choose a model such as Llama, OPT, Qwen or GPT-2."
             )
     if model.get_output_embeddings() is None:
         raise PairError(

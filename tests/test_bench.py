@@ -42,6 +42,7 @@ from mtad.bench.shapes import draft_shape, shape_of, target_shape
 from mtad.config import DecodeConfig
 from mtad.errors import Cancelled, MtadError, PromptError
 from mtad.hidden_draft import HiddenDraft, HiddenDraftConfig
+from mtad.inspection import cache_argument
 from mtad.trace import EnergyReading, ModelInfo
 from tests.models import tiny
 
@@ -106,7 +107,8 @@ def test_the_shape_of_a_model_is_that_of_its_layers(family: str) -> None:
     assert (found.layers, found.query_size, found.cache_item_bytes) == (2, 16, 4)
     ids = torch.arange(5).unsqueeze(0)
     with torch.inference_mode():
-        cache = model(ids, use_cache=True).past_key_values
+        output = model(ids, use_cache=True)
+    cache = output[cache_argument(model) or "cache"]
     # What the cache of five tokens really holds:
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert pass_bytes(found, 5, 0) - found.weight_bytes == held

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from mtad.inspection import cache_argument
 from mtad.native.llama import NativeLlama
 
 # One pass of the target over the next token of every row: [B] → logits [B, V] and the hidden
@@ -58,13 +59,14 @@ def torch_steps(model: PreTrainedModel, capacity: int, target_layers: Sequence[i
     device = model.get_input_embeddings().weight.device
     count = model.config.get_text_config().num_hidden_layers
     cache = Cache(layers=[GrowingLayer(capacity) for _ in range(count)])
+    given = {cache_argument(model) or "cache": cache}
 
     def step(tokens: Tensor) -> tuple[Tensor, Tensor]:
         output = model(
             tokens.to(device).unsqueeze(1),
-            past_key_values=cache,
             use_cache=True,
             output_hidden_states=True,
+            **given,
         )
         hidden = torch.cat([output.hidden_states[layer][:, -1] for layer in target_layers], -1)
         return output.logits[:, -1].float(), hidden
