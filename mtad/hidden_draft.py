@@ -132,10 +132,16 @@ class Layer(nn.Module):
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if past is not None:
             key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
-        mixed = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+        past = key, value
+        grouped = mask is None or query.device.type != "cuda"
+        if not grouped:
+            # With a mask, CUDA's fast attention wants as many heads of keys as of queries.
+            times = self.heads // self.kv_heads
+            key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=grouped)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
         gate, up = self.gate_up(rms_norm(x, self.mlp_norm)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up), (key, value)
+        return x + self.down(F.silu(gate) * up), past
 
 
 class HiddenDraft(nn.Module):

@@ -34,6 +34,8 @@ class Writing:
         parts: shards that are written at the same time; on a CPU each has its share of the threads,
             which is faster than all threads on one.
         top: log-probabilities that are kept of each successor's distribution.
+        keep_hidden: keep the hidden states that the draft reads, more than ten times the bytes of
+            all the rest. Without them the target runs again in training: cheap on a GPU.
         turns: questions and answers of one conversation.
         question_tokens: most tokens of a question.
         answer_tokens: most tokens of an answer, or of a text of a target without chat template.
@@ -49,6 +51,7 @@ class Writing:
     row_tokens: int = 256
     parts: int = 1
     top: int = 64
+    keep_hidden: bool = True
     turns: int = 1
     question_tokens: int = 80
     answer_tokens: int = 200
@@ -69,6 +72,8 @@ class Writing:
         check.whole("row_tokens", 8, 131_072)
         check.whole("parts", 1, 64)
         check.whole("top", 1, 1024)
+        if not isinstance(self.keep_hidden, bool):
+            check.refuse("keep_hidden", self.keep_hidden, "true or false")
         check.whole("turns", 1, 64)
         check.whole("question_tokens", 1, 131_072)
         check.whole("answer_tokens", 1, 131_072)

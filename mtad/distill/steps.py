@@ -17,7 +17,7 @@ from mtad.inspection import cache_argument
 from mtad.native.llama import NativeLlama
 
 # One pass of the target over the next token of every row: [B] → logits [B, V] and the hidden
-# states [B, F·H] that the draft will read.
+# states [B, F·H] that the draft will read, [B, 0] if none were asked for.
 Step = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
@@ -65,11 +65,12 @@ def torch_steps(model: PreTrainedModel, capacity: int, target_layers: Sequence[i
         output = model(
             tokens.to(device).unsqueeze(1),
             use_cache=True,
-            output_hidden_states=True,
+            output_hidden_states=bool(target_layers),
             **given,
         )
-        hidden = torch.cat([output.hidden_states[layer][:, -1] for layer in target_layers], -1)
-        return output.logits[:, -1].float(), hidden
+        logits = output.logits[:, -1].float()
+        hidden = [output.hidden_states[layer][:, -1] for layer in target_layers]
+        return logits, torch.cat(hidden, -1) if hidden else logits[:, :0]
 
     return step
 
@@ -89,7 +90,7 @@ def native_steps(
         place = torch.full((rows,), written)
         output = cache.forward(model.embed(tokens), place, written, 1, layers=target_layers)
         written += 1
-        assert output.logits is not None and output.tapped is not None
-        return output.logits, output.tapped
+        assert output.logits is not None
+        return output.logits, output.logits[:, :0] if output.tapped is None else output.tapped
 
     return step

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from mtad import inspection, loading
@@ -105,6 +106,13 @@ class Target:
         if self.native is None:
             return torch_steps(self.model, capacity, target_layers)
         return native_steps(self.native, rows, capacity, target_layers)
+
+    @torch.no_grad()
+    def hidden_states(self, token_ids: Tensor, layers: Sequence[int]) -> Tensor:
+        """[B, L] whole rows → [B, L, F·H], the states of these layers one after the other."""
+        model = self.model.base_model
+        states = model(token_ids.long(), use_cache=False, output_hidden_states=True).hidden_states
+        return torch.cat([states[layer] for layer in layers], -1)
 
     def check(self, recipe: Recipe) -> None:
         """Compares the recipe's numbers with this model's.

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -136,6 +136,7 @@ class Learner:
         self, target: Target, corpus: Corpus, training: Training, draft: HiddenDraft
     ) -> None:
         self._training = training
+        self._target = target
         self._corpus = corpus
         self._draft = draft
         self._device = target.device
@@ -159,6 +160,7 @@ class Learner:
 
     def step(self, batch: Shard, step: int, steps: int) -> float:
         """One step of AdamW on a batch; returns the loss."""
+        batch = with_hidden(batch, self._target, self._draft.config.target_layers)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self._training, step, steps)
         parameters, parts = list(self._draft.parameters()), self._training.parts
@@ -195,6 +197,7 @@ class Learner:
         for first in range(0, total, self._training.batch_rows):
             rows = range(first, min(first + self._training.batch_rows, total))
             batch = moved(self._corpus.batch(rows), self._device)
+            batch = with_hidden(batch, self._target, self._draft.config.target_layers)
             with self._autocast():
                 sums = sums + unroll.overlaps(
                     self._draft, self._ends, batch, self._columns, self._training
@@ -240,7 +243,8 @@ def new_draft(
     damage = corpus.damage(rows)
     if damage:
         raise DistillError(damage)
-    state = corpus.batch(rows).hidden[..., -target.hidden_size :].float()
+    batch = with_hidden(corpus.batch(rows), target, config.target_layers)
+    state = batch.hidden[..., -target.hidden_size :].float().cpu()
     with torch.no_grad():
         draft.norm.copy_(state.square().mean((0, 1)).sqrt())
     return draft.to(target.device)
@@ -313,6 +317,14 @@ def batches(
 def moved(batch: Shard, device: torch.device) -> Shard:
     """The batch on a device."""
     return Shard(**{name: t.to(device, non_blocking=True) for name, t in vars(batch).items()})
+
+
+def with_hidden(batch: Shard, target: Target, layers: Sequence[int]) -> Shard:
+    """The batch with the target's hidden states, computed if the corpus has not kept them."""
+    if batch.hidden.shape[-1]:
+        return batch
+    tokens = batch.token_ids.to(target.device)
+    return dataclasses.replace(batch, hidden=target.hidden_states(tokens, layers))
 
 
 def describe(point: dict[str, Any], steps: int) -> str:

@@ -188,7 +188,7 @@ class Shard:
         top_ids: [B, L, K] int32, the target's most probable successors of each token.
         top_logprobs: [B, L, K] float16, their unwarped log-probabilities, falling.
         hidden: [B, L, F·H] bfloat16, the target's hidden states at each token, the recipe's
-            layers one after the other.
+            layers one after the other; [B, L, 0] where they are not kept.
     """
 
     token_ids: Tensor
@@ -203,12 +203,13 @@ class Shard:
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each tensor of a whole shard; `hidden_size` is F·H."""
         rows = (writing.rows, writing.row_tokens)
+        kept = hidden_size if writing.keep_hidden else 0
         return {
             "token_ids": (rows, torch.int32),
             "origins": (rows, torch.uint8),
             "top_ids": ((*rows, writing.top), torch.int32),
             "top_logprobs": ((*rows, writing.top), torch.float16),
-            "hidden": ((*rows, hidden_size), torch.bfloat16),
+            "hidden": ((*rows, kept), torch.bfloat16),
         }
 
 
@@ -268,9 +269,17 @@ def write_shard(
     samplings = (*writing.question_samplings, *writing.answer_samplings)
     table = torch.tensor(samplings, dtype=torch.float32, device=device)
     first = {Origin.QUESTION: 0, Origin.ANSWER: len(writing.question_samplings)}
-    step_of = target.steps(writing.rows, writing.row_tokens, target_layers)
-    layout = Shard.layout(writing, target.hidden_size * len(target_layers))
-    shard = Shard(**{name: torch.empty(size, dtype=kind) for name, (size, kind) in layout.items()})
+    layers = target_layers if writing.keep_hidden else ()
+    step_of = target.steps(writing.rows, writing.row_tokens, layers)
+    # On the device, so that the host waits for nothing but the tokens.
+    shard = Shard(
+        **{
+            name: torch.empty(size, dtype=kind, device=device)
+            for name, (size, kind) in Shard.layout(
+                writing, target.hidden_size * len(target_layers)
+            ).items()
+        }
+    )
     sampled = [0] * writing.rows
     for step in range(writing.row_tokens):
         progress(step)
@@ -286,4 +295,4 @@ def write_shard(
         shard.top_ids[:, step] = ids
         shard.top_logprobs[:, step] = values
         shard.hidden[:, step] = hidden
-    return shard
+    return Shard(**{name: tensor.cpu() for name, tensor in vars(shard).items()})
