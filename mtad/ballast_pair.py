@@ -94,7 +94,7 @@ def with_ballast(
         dtype: of the target and the draft; None for what they have.
         engine: of the new pair, whatever that of `pair` is. The native ones hold a copy of the
             weights of their own, and "native" rounds them to 8 bits, so that the function is no
-            longer quite that of the small target.
+            longer quite that of the small target. "cuda" holds none.
         seed: see `ballast`.
         progress: see `ballast`.
 

@@ -27,7 +27,7 @@ LAYERS = (
     {"loading"},
     {"ballast", "hidden_draft", "sampling", "tree"},
     {"draft_files", "eager", "verify"},
-    {"native"},
+    {"cuda", "native"},
     {"lm"},
     {"draft", "hidden_drafter"},
     {"copy_drafter"},
