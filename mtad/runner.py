@@ -321,9 +321,12 @@ def _warm_up(pair: ModelPair, check: Callable[[], None]) -> None:
     known = isinstance(pair.draft, (PreTrainedModel, HiddenDraft))
     draft = as_drafter(pair) if known else None
     token = torch.zeros(1, dtype=torch.int64, device=lm.device)
-    hidden = lm.prefill(token, draft.target_layers if draft else ())
-    for rows in (1, 5):
-        lm.forward(token.expand(rows))
+    layers = draft.target_layers if draft else ()
+    hidden = lm.prefill(token, layers)
+    # An engine may prepare a pass for what is asked of it.
+    for asked in dict.fromkeys([(), layers]):
+        for rows in (1, 5):
+            lm.forward(token.expand(rows), layers=asked)
     if draft is not None:
         check()
         draft.prefill(token, hidden)

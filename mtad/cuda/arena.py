@@ -72,8 +72,11 @@ def power_of_two(count: int, least: int) -> int:
 
 
 def padded(count: int) -> int:
-    """So many rows are computed in place of `count`: there are few numbers of them, few graphs."""
-    return 1 << (count - 1).bit_length() if count <= 8 else -(-count // 8) * 8
+    """So many rows are computed in place of `count`: one, or a multiple of eight.
+
+    To a GPU eight rows cost what two do, and each number of rows is a graph of its own.
+    """
+    return 1 if count == 1 else -(-count // 8) * 8
 
 
 T = TypeVar("T", bound=Arena)

@@ -134,7 +134,7 @@ class CudaDrafter:
         if chain:
             self._exact = count
         elif parents is None:
-            books.parents[start : start + count] = start - 1
+            books.parents[start : start + count].fill_(start - 1)
         else:
             books.parents[start : start + count] = parents + self._unread
         return self._read(count, chain=chain)
