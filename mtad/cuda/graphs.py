@@ -6,6 +6,7 @@ contents of its buffers change from one replay to the next.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
@@ -29,6 +30,18 @@ def ordinary_tensors() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """What is collected may call CUDA to free itself, which spoils a recording."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 class _Recorded(Generic[T]):
     def __init__(self, graph: torch.cuda.CUDAGraph, output: T) -> None:
         self.graph = graph
@@ -44,8 +57,7 @@ class Graphs(Generic[T]):
         self._recorded: OrderedDict[Hashable, _Recorded[T]] = OrderedDict()
         self._records = device.type == "cuda" and os.environ.get(GRAPHS_VARIABLE, "1") != "0"
         if self._records:
-            # The graphs of one owner run one after another, so that they may share memory.
-            self._pool = torch.cuda.graph_pool_handle()
+            self._new_pool()
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def run(self, key: Hashable, compute: Callable[[], T]) -> T:
@@ -78,6 +90,13 @@ class Graphs(Generic[T]):
     def clear(self) -> None:
         """Forgets everything, after buffers have moved."""
         self._recorded.clear()
+        if self._records:
+            self._new_pool()
+
+    def _new_pool(self) -> None:
+        # The graphs of one owner run one after another, so that they may share memory. Once the
+        # last of them is gone, so is their pool.
+        self._pool = torch.cuda.graph_pool_handle()
 
     def _record(self, compute: Callable[[], T]) -> _Recorded[T]:
         with torch.cuda.device(self._device), ordinary_tensors():
@@ -88,8 +107,11 @@ class Graphs(Generic[T]):
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
             # Other threads may go on using CUDA meanwhile.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            with (
+                _no_collection(),
+                torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ),
             ):
                 output = compute()
         return _Recorded(graph, output)
