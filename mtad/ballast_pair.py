@@ -14,6 +14,7 @@ from mtad import inspection
 from mtad.ballast import BallastShape, ballast, find_shape, title
 from mtad.draft import Drafter
 from mtad.hidden_draft import Ends, HiddenDraft
+from mtad.logits import Logits
 from mtad.pairs import EAGER, NATIVE, ModelPair, check_engine, hidden_drafter, ready_draft
 from mtad.trace import ModelInfo
 from mtad.wheel import Progress
@@ -52,7 +53,7 @@ class NarrowDrafter:
         """See `Drafter.prefill`."""
         self._drafter.prefill(token_ids, self._narrow(target_hidden))
 
-    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor:
+    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor | Logits:
         """See `Drafter.next_logits`."""
         return self._drafter.next_logits(token_ids, parents)
 

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mtad import inspection, loading
-from mtad.copy_drafter import CopyDrafter
+from mtad.copy_drafter import CopyDrafter, longest_match
 from mtad.cuda import llama as cuda_llama
 from mtad.cuda.draft import CudaDraft
 from mtad.cuda.drafter import CudaDrafter
@@ -27,8 +27,9 @@ from mtad.fetch import SMOLLM2, fetch, quiet
 from mtad.hidden_draft import Ends, HiddenDraft
 from mtad.hidden_drafter import EagerDraft, HiddenDrafter, RunnableDraft
 from mtad.lm import CachedLM
-from mtad.native import library
+from mtad.native import library, rows
 from mtad.native.draft import NativeDraft, unsupported_draft
+from mtad.native.drafter import NativeDrafter
 from mtad.native.llama import NativeLlama, unsupported_reason
 from mtad.presets import DTYPE_BYTES, Preset, find_preset, presets
 from mtad.shipped import ASSETS
@@ -180,7 +181,16 @@ class ModelPair:
     @functools.cached_property
     def engine_draft(
         self,
-    ) -> PreTrainedModel | NativeLlama | CudaLlama | RunnableDraft | CudaDraft | Drafter | None:
+    ) -> (
+        PreTrainedModel
+        | NativeLlama
+        | CudaLlama
+        | RunnableDraft
+        | NativeDraft
+        | CudaDraft
+        | Drafter
+        | None
+    ):
         """The draft as the engine runs it."""
         if isinstance(self.draft, PreTrainedModel):
             return self._ready(self.draft)
@@ -287,13 +297,17 @@ def ready_draft(
     return NativeDraft(draft, ends, positions, exact=engine == NATIVE_FLOAT32)
 
 
-def hidden_drafter(runnable: RunnableDraft | CudaDraft, vocab_size: int) -> Drafter:
+def hidden_drafter(runnable: RunnableDraft | NativeDraft | CudaDraft, vocab_size: int) -> Drafter:
     """The walk along a tree, with the copy distribution that the draft asks for."""
     if isinstance(runnable, CudaDraft):
         return CudaDrafter(runnable, vocab_size)
-    drafter = HiddenDrafter(runnable, vocab_size)
     weights = runnable.draft.config.copy_weights
-    return CopyDrafter(drafter, weights) if weights else drafter
+    drafter: Drafter
+    if isinstance(runnable, NativeDraft):
+        drafter, match = NativeDrafter(runnable, vocab_size), rows.longest_match
+    else:
+        drafter, match = HiddenDrafter(runnable, vocab_size), longest_match
+    return CopyDrafter(drafter, weights, match) if weights else drafter
 
 
 def engine_reason(pair: ModelPair, engine: str) -> str | None:

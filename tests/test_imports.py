@@ -24,7 +24,7 @@ LAYERS = (
     {"catalogue", "trace"},
     {"whatif", "metrics", "presets", "wheel", "text"},
     {"fetch", "energy", "inspection"},
-    {"loading"},
+    {"loading", "logits"},
     {"ballast", "hidden_draft", "sampling", "tree"},
     {"draft_files", "eager", "verify"},
     {"cuda", "native"},
