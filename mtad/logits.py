@@ -11,7 +11,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 
 class Search(Protocol):
@@ -169,7 +168,8 @@ class Logits:
         if self.columns is None:
             values = values.clone()
         else:
-            values = pad(values, (0, 1), value=-torch.inf)
+            nothing = values.new_full((values.shape[0], 1), -torch.inf)
+            values = torch.cat([values, nothing], -1)
             places = self.columns.places[tokens]
             extra = torch.where(places == self.columns.count, tokens, self.columns.token_ids[-1])
         places = places.unsqueeze(-1)

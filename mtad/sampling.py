@@ -106,11 +106,11 @@ def warp(logits: Tensor | Logits, config: DecodeConfig) -> Warped:
     scaled = (values - values.amax(-1, keepdim=True)) / config.temperature
     logprobs = scaled.log_softmax(-1)
     if config.top_p < 1.0:
-        mass_through = logprobs.exp().cumsum(-1)
-        mass_before = torch.nn.functional.pad(mass_through[..., :-1], (1, 0))
+        mass_before = logprobs.exp().cumsum(-1)[..., :-1]
         # The first token stays whatever top_p is: one that float32 rounds to 0 keeps it alone.
-        kept = (mass_before < config.top_p) | (mass_before == 0.0)
-        logprobs = torch.where(kept, logprobs, -torch.inf).log_softmax(-1)
+        dropped = (mass_before >= config.top_p) & (mass_before > 0.0)
+        logprobs[..., 1:].masked_fill_(dropped, -torch.inf)
+        logprobs = logprobs.log_softmax(-1)
     return Warped(token_ids, logprobs, logits.vocab_size)
 
 

@@ -129,23 +129,24 @@ class Beams:
             picked = draw_distinct(beam_weights(candidates), chance, width)
         # A NaN anywhere makes every choice of this step meaningless: it must not go unseen.
         broken = candidates.isnan().any()
-        joint = torch.where(broken, torch.nan, candidates[picked])
+        joint = torch.where(broken, torch.nan, candidates.index_select(0, picked))
         picked = picked.clamp_max(choices.numel() - 1)  # padding points nowhere; its joint is −∞
         slot = picked // choices.shape[-1]
-        column = picked % choices.shape[-1]
-        token = scored.token_ids[slot, column]
-        was_finished = self.finished[slot]
+        token = scored.token_ids.flatten().index_select(0, picked)
+        was_finished = self.finished.index_select(0, slot)
+        token_ids = self.token_ids.index_select(0, slot)
         if self.steps:
-            token = torch.where(was_finished, self.token_ids[slot, -1], token)
-        logprob = torch.where(broken, torch.nan, choices[slot, column].float())
+            token = torch.where(was_finished, token_ids[:, -1], token)
+        logprob = choices.flatten().index_select(0, picked).float()
+        logprob = torch.where(broken, torch.nan, logprob)
         alive = joint > -torch.inf
         first_node = self.steps * width
         here = torch.arange(first_node, first_node + width, device=slot.device)
         grown = Beams(
-            token_ids=_append(self.token_ids[slot], token),
-            logprobs=_append(self.logprobs[slot], logprob),
-            nodes=_append(self.nodes[slot], here),
-            real=_append(self.real[slot], alive & ~was_finished),
+            token_ids=_append(token_ids, token),
+            logprobs=_append(self.logprobs.index_select(0, slot), logprob),
+            nodes=_append(self.nodes.index_select(0, slot), here),
+            real=_append(self.real.index_select(0, slot), alive & ~was_finished),
             joint=joint,
             finished=was_finished | is_eos(token) | ~alive,
             came_from=slot,

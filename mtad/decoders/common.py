@@ -303,8 +303,9 @@ def to_host(**columns: Tensor) -> dict[str, list[float]]:
     float64 holds token ids and float32 values exactly. (On MPS float32 does, for vocabularies
     under 2^24.)
     """
-    flat = {name: wide(column.flatten()) for name, column in columns.items()}
-    values: list[float] = torch.cat(list(flat.values())).tolist()
+    flat = {name: column.flatten() for name, column in columns.items()}
+    first, *others = flat.values()
+    values: list[float] = torch.cat([wide(first), *others]).tolist()
     host: dict[str, list[float]] = {}
     start = 0
     for name, column in flat.items():

@@ -934,6 +934,8 @@ int mtad_read(Context *c, const Draft *draft, const float *hidden, float *to, in
 
 /* ---- wide rows ---------------------------------------------------------------------------- */
 
+#define ROWS_WORTH_THREADS 65536 /* logits */
+
 typedef struct {
     const float *values; /* [rows, columns] */
     int64_t stride;      /* floats from row to row */
@@ -1022,9 +1024,16 @@ static void log_sums_work(void *context, int thread, void *argument) {
     PARALLEL(context, r->rows) r->sums[item] = log_sum(r->values + item * r->stride, r->columns);
 }
 
-void mtad_best(Context *c, const Rows *rows) { run(c, best_work, (void *)rows); }
+/* Waking the other threads costs more than a few rows of a draft. */
+static void read_rows(Context *c, void (*work)(void *, int, void *), const Rows *rows) {
+    Context alone = {.threads = 1};
+    const int small = (int64_t)rows->rows * rows->columns < ROWS_WORTH_THREADS;
+    run(small ? &alone : c, work, (void *)rows);
+}
 
-void mtad_log_sums(Context *c, const Rows *rows) { run(c, log_sums_work, (void *)rows); }
+void mtad_best(Context *c, const Rows *rows) { read_rows(c, best_work, rows); }
+
+void mtad_log_sums(Context *c, const Rows *rows) { read_rows(c, log_sums_work, rows); }
 
 /* Where in `text` the longest end of each of the tails [rows, size] stands with a token after it:
  * the latest such place. Its length, and the token after it (any where the length is 0). */
