@@ -14,6 +14,7 @@ from mtad import inspection
 from mtad.ballast import BallastShape, ballast, find_shape, title
 from mtad.draft import Drafter
 from mtad.hidden_draft import Ends, HiddenDraft
+from mtad.logits import Logits
 from mtad.pairs import EAGER, NATIVE, ModelPair, check_engine, hidden_drafter, ready_draft
 from mtad.trace import ModelInfo
 from mtad.wheel import Progress
@@ -52,7 +53,7 @@ class NarrowDrafter:
         """See `Drafter.prefill`."""
         self._drafter.prefill(token_ids, self._narrow(target_hidden))
 
-    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor:
+    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor | Logits:
         """See `Drafter.next_logits`."""
         return self._drafter.next_logits(token_ids, parents)
 
@@ -94,7 +95,7 @@ def with_ballast(
         dtype: of the target and the draft; None for what they have.
         engine: of the new pair, whatever that of `pair` is. The native ones hold a copy of the
             weights of their own, and "native" rounds them to 8 bits, so that the function is no
-            longer quite that of the small target.
+            longer quite that of the small target. "cuda" holds none.
         seed: see `ballast`.
         progress: see `ballast`.
 

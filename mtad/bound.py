@@ -15,6 +15,7 @@ from mtad.config import DecodeConfig
 from mtad.decoders.exact import search_exact
 from mtad.errors import ConfigError
 from mtad.lm import CachedLM
+from mtad.logits import Logits
 from mtad.pairs import ModelPair, as_drafter
 from mtad.sampling import score
 from mtad.trace import Bound, Trace
@@ -114,6 +115,7 @@ def _draft_logprobs(
     draft = as_drafter(pair)
     draft.prefill(prefix[:-1], None)
     tokens = torch.tensor(block, dtype=torch.int64, device=prefix.device)
-    logits = draft.next_logits(torch.cat([prefix[-1:], tokens[:-1]]))[:, : pair.vocab_size]
-    logprobs: list[float] = score(logits, config).logprob_of(tokens).tolist()
+    logits = Logits.of(draft.next_logits(torch.cat([prefix[-1:], tokens[:-1]])))
+    scored = score(logits.cut(pair.vocab_size), config)
+    logprobs: list[float] = scored.logprob_of(tokens).tolist()
     return logprobs

@@ -192,7 +192,7 @@ def _load(
     ballast: str | None,
 ) -> Any:
     """The pair, with the draft, the ballast and the engine that were asked for."""
-    from mtad.pairs import EAGER, check_engine
+    from mtad.pairs import EAGER, check_engine, fastest_engine
 
     if engine is not None:
         check_engine(engine)
@@ -204,8 +204,10 @@ def _load(
     if ballast not in SHAPES:
         raise UsageError(f"--ballast is {ballast!r}, but must be one of {', '.join(SHAPES)}.")
     small = load(pair, device, dtype, draft, EAGER)  # nobody runs it
+    # On a CPU the packed copy of a large model would take minutes and its memory twice.
+    own = fastest_engine(small) if small.device.type == "cuda" else EAGER
     with loading(sys.stderr) as bar:
-        return with_ballast(small, ballast, engine=engine or EAGER, progress=bar)
+        return with_ballast(small, ballast, engine=engine or own, progress=bar)
 
 
 def _measure(

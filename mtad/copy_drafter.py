@@ -9,14 +9,19 @@ q, so that every acceptance rule stays what it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from mtad.draft import Drafter
+from mtad.logits import Logits
 
 _NO_TOKEN = -1
+
+# See `longest_match`.
+Match = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class CopyDrafter:
@@ -31,21 +36,36 @@ class CopyDrafter:
     _tails: Tensor  # [1 + nodes, n] the last tokens up to the committed text, then to each node
     _tokens: Tensor  # [nodes]
 
-    def __init__(self, drafter: Drafter, weights: Sequence[float]) -> None:
+    def __init__(
+        self, drafter: Drafter, weights: Sequence[float], match: Match | None = None
+    ) -> None:
+        """Wraps a drafter.
+
+        Args:
+            drafter: the drafter.
+            weights: see above.
+            match: an engine's own `longest_match`.
+        """
         self.vocab_size = drafter.vocab_size
         self.target_layers = drafter.target_layers
         self.weights = tuple(weights)
         self._drafter = drafter
+        self._match = match or longest_match
+        # log(weight / (1 − weight)) by the length of a match
+        self._log_odds = [-math.inf] + [
+            math.log(weight / (1 - weight)) if weight else -math.inf for weight in self.weights
+        ]
 
     def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
         """See `Drafter.prefill`."""
         self._drafter.prefill(token_ids, target_hidden)
         self._text = token_ids
+        self._odds = torch.tensor(self._log_odds, device=token_ids.device)
         self._begin_tree()
 
-    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor:
-        """See `Drafter.next_logits`; the result is log q itself."""
-        logits = self._drafter.next_logits(token_ids, parents)
+    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Logits:
+        """See `Drafter.next_logits`."""
+        logits = Logits.of(self._drafter.next_logits(token_ids, parents))
         new = token_ids.unsqueeze(1)
         if parents is None:
             line = torch.cat([self._tails[-1], token_ids])
@@ -54,7 +74,10 @@ class CopyDrafter:
             tails = torch.cat([self._tails[parents + 1][:, 1:], new], 1)
         self._tails = torch.cat([self._tails, tails])
         self._tokens = torch.cat([self._tokens, token_ids])
-        return self._mix(logits, tails)
+        if self._text.shape[0] < 2:
+            return logits
+        lengths, copied = self._match(self._text, tails)
+        return logits.mixed(copied, self._odds[lengths])
 
     def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         """See `Drafter.keep`."""
@@ -68,17 +91,6 @@ class CopyDrafter:
         padded = torch.cat([self._text.new_full((size,), _NO_TOKEN), self._text])
         self._tails = padded[-size:].unsqueeze(0)
         self._tokens = self._text[:0]
-
-    def _mix(self, logits: Tensor, tails: Tensor) -> Tensor:
-        """log((1 − weight)·q + weight·copied), row by row."""
-        logprobs = logits.float().log_softmax(-1)
-        if self._text.shape[0] < 2:
-            return logprobs
-        lengths, copied = longest_match(self._text, tails)
-        shares = logprobs.new_tensor((0.0, *self.weights))[lengths].unsqueeze(1)
-        mixed = logprobs + torch.log1p(-shares)
-        token = copied.unsqueeze(1)
-        return mixed.scatter(1, token, torch.logaddexp(mixed.gather(1, token), shares.log()))
 
 
 def longest_match(text: Tensor, tails: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mtad.errors import PairError
 from mtad.lm import CachedLM, Recorder
+from mtad.logits import Logits
 
 
 @runtime_checkable
@@ -39,8 +40,10 @@ class Drafter(Protocol):
         read them; None otherwise, or if n is 0.
         """
 
-    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor:
+    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor | Logits:
         """Adds [rows] nodes and returns [rows, V]: log q of what follows each, up to a constant.
+
+        `Logits` for a draft that proposes from fewer tokens than the vocabulary has.
 
         `parents` are indices of undecided nodes, −1 for the prefix; None stands for a chain
         below the last node.
@@ -68,9 +71,10 @@ class LMDrafter:
         self.lm.rollback(0)
         self.lm.prefill(token_ids)
 
-    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor:
+    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Logits:
         """One forward pass over the new nodes."""
-        return self.lm.forward(token_ids, parents).logits
+        output = self.lm.forward(token_ids, parents)
+        return Logits(output.logits, search=output.search)
 
     def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         """See `CachedLM.keep`; the hidden states are not read."""
@@ -99,7 +103,7 @@ class RecordedDrafter:
         with self._recorder.span("prefill"):
             self.drafter.prefill(token_ids, target_hidden)
 
-    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor:
+    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Logits:
         """Recorded as "draft"."""
         self._check()
         with self._recorder.span("draft"):
@@ -111,7 +115,7 @@ class RecordedDrafter:
                 f"The draft ({type(self.drafter).__name__}) gave logits of shape {shape}, but they"
                 f" must be a tensor of {rows} rows and at least {self.vocab_size} columns."
             )
-        return logits[:, : self.vocab_size]
+        return Logits.of(logits).cut(self.vocab_size)
 
     def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         """Passed on."""

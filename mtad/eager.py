@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from mtad import inspection, tree
 from mtad.errors import PairError
+from mtad.logits import TORCH_SEARCH, Search
 
 
 class Output(NamedTuple):
@@ -22,10 +23,12 @@ class Output(NamedTuple):
         logits: [n, V].
         hidden: [n, F·H], the hidden states of the F layers that were asked for, one after the
             other; None if none were.
+        search: how this engine reads wide rows.
     """
 
     logits: Tensor
     hidden: Tensor | None
+    search: Search = TORCH_SEARCH
 
 
 class Passes(Protocol):

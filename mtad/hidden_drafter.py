@@ -12,6 +12,7 @@ from mtad import tree
 from mtad.errors import PairError
 from mtad.hidden_draft import Ends, HiddenDraft, Past
 from mtad.lm import PREFILL_CHUNK_TOKENS
+from mtad.logits import Columns, Logits
 
 
 class DraftPasses(Protocol):
@@ -134,7 +135,7 @@ class HiddenDrafter:
     def __init__(self, runnable: RunnableDraft, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.target_layers = runnable.draft.config.target_layers
-        self._token_ids = runnable.draft.token_ids
+        self._columns = Columns.of(runnable.draft.token_ids, vocab_size)
         self._runnable = runnable
 
     def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
@@ -159,8 +160,8 @@ class HiddenDrafter:
             self._unread = chunk
             self._read(chunk[:0], None)
 
-    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor:
-        """See `Drafter.next_logits`; tokens that the draft cannot propose get −∞."""
+    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Logits:
+        """See `Drafter.next_logits`."""
         if parents is not None:
             logits = self._read(token_ids, parents)
         else:
@@ -168,8 +169,7 @@ class HiddenDrafter:
             known = 0 if self._nodes else self._states.shape[0] - self._unread.shape[0]
             parts = [token_ids[:known], *token_ids[known:].unsqueeze(1)]
             logits = torch.cat([self._read(part, None) for part in parts if part.shape[0]])
-        dense = logits.new_full((logits.shape[0], self.vocab_size), -torch.inf)
-        return dense.index_copy_(1, self._token_ids, logits)
+        return Logits(logits, self._columns)
 
     def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         """See `Drafter.keep`."""

@@ -210,7 +210,7 @@ class CachedLM:
         self.nodes += count
         self.passes += 1
         self.positions += count
-        return Output(logits, output.hidden)
+        return Output(logits, output.hidden, output.search)
 
     def keep(self, path: Tensor | int) -> None:
         """Commits a path of undecided nodes, root to leaf, and drops all other nodes.

@@ -15,7 +15,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mtad import inspection, loading
-from mtad.copy_drafter import CopyDrafter
+from mtad.copy_drafter import CopyDrafter, longest_match
+from mtad.cuda import llama as cuda_llama
+from mtad.cuda.draft import CudaDraft
+from mtad.cuda.drafter import CudaDrafter
+from mtad.cuda.llama import CudaLlama
 from mtad.draft import Drafter, LMDrafter
 from mtad.draft_files import check_draft, load_draft
 from mtad.errors import ConfigError, PairError
@@ -23,8 +27,9 @@ from mtad.fetch import SMOLLM2, fetch, quiet
 from mtad.hidden_draft import Ends, HiddenDraft
 from mtad.hidden_drafter import EagerDraft, HiddenDrafter, RunnableDraft
 from mtad.lm import CachedLM
-from mtad.native import library
+from mtad.native import library, rows
 from mtad.native.draft import NativeDraft, unsupported_draft
+from mtad.native.drafter import NativeDrafter
 from mtad.native.llama import NativeLlama, unsupported_reason
 from mtad.presets import DTYPE_BYTES, Preset, find_preset, presets
 from mtad.shipped import ASSETS
@@ -42,7 +47,7 @@ __all__ = [
 ]
 
 # Engines that a pair can be run on. "native" has 4 or 8 bits a weight, "native-float32" all 32.
-EAGER, NATIVE, NATIVE_FLOAT32 = ENGINES = ("eager", "native", "native-float32")
+EAGER, NATIVE, NATIVE_FLOAT32, CUDA = ENGINES = ("eager", "native", "native-float32", "cuda")
 
 # The embedded pair's draft, made by `python -m mtad distill`; see its card beside it.
 SMOLLM2_DRAFT = ASSETS / "smollm2-draft"
@@ -118,7 +123,7 @@ class ModelPair:
                 inspection.vocab_size(self.target), self._draft_vocab_size()
             )
         if self.engine != EAGER:
-            reason = native_reason(self)
+            reason = engine_reason(self, self.engine)
             if reason:
                 raise PairError(f'{reason} Choose engine="{EAGER}".')
         if self.tokenizer is not None:
@@ -169,12 +174,23 @@ class ModelPair:
         return loading.dtype_name(self.dtype)
 
     @functools.cached_property
-    def engine_target(self) -> PreTrainedModel | NativeLlama:
+    def engine_target(self) -> PreTrainedModel | NativeLlama | CudaLlama:
         """The target as the engine runs it."""
         return self._ready(self.target)
 
     @functools.cached_property
-    def engine_draft(self) -> PreTrainedModel | NativeLlama | RunnableDraft | Drafter | None:
+    def engine_draft(
+        self,
+    ) -> (
+        PreTrainedModel
+        | NativeLlama
+        | CudaLlama
+        | RunnableDraft
+        | NativeDraft
+        | CudaDraft
+        | Drafter
+        | None
+    ):
         """The draft as the engine runs it."""
         if isinstance(self.draft, PreTrainedModel):
             return self._ready(self.draft)
@@ -183,9 +199,11 @@ class ModelPair:
             return ready_draft(self.draft, self.draft_ends, positions, self.engine)
         return self.draft
 
-    def _ready(self, model: PreTrainedModel) -> PreTrainedModel | NativeLlama:
+    def _ready(self, model: PreTrainedModel) -> PreTrainedModel | NativeLlama | CudaLlama:
         if self.engine == EAGER:
             return model
+        if self.engine == CUDA:
+            return CudaLlama(model)
         return NativeLlama(model, exact=self.engine == NATIVE_FLOAT32)
 
     @functools.cached_property
@@ -227,7 +245,7 @@ class ModelPair:
     def _hidden_draft_info(self, draft: HiddenDraft) -> ModelInfo:
         """Its own layers, and in the bytes of a pass the rows of the target's head as well."""
         runnable = self.engine_draft
-        assert isinstance(runnable, (EagerDraft, NativeDraft))
+        assert isinstance(runnable, (EagerDraft, NativeDraft, CudaDraft))
         return ModelInfo(
             name=self.draft_name or f"hidden-state draft of {self.target_info.name}",
             revision=self.draft_revision,
@@ -260,9 +278,9 @@ def as_drafter(pair: ModelPair) -> Drafter:
     if pair.draft is None:
         raise PairError("This pair has no draft model. Add one.")
     runnable = pair.engine_draft
-    if isinstance(runnable, (PreTrainedModel, NativeLlama)):
+    if isinstance(runnable, (PreTrainedModel, NativeLlama, CudaLlama)):
         return LMDrafter(CachedLM(runnable, pair.vocab_size))
-    if isinstance(runnable, (EagerDraft, NativeDraft)):
+    if isinstance(runnable, (EagerDraft, NativeDraft, CudaDraft)):
         return hidden_drafter(runnable, pair.vocab_size)
     assert isinstance(pair.draft, Drafter)
     return pair.draft
@@ -270,18 +288,36 @@ def as_drafter(pair: ModelPair) -> Drafter:
 
 def ready_draft(
     draft: HiddenDraft, ends: Ends, positions: int, engine: str
-) -> EagerDraft | NativeDraft:
+) -> EagerDraft | NativeDraft | CudaDraft:
     """A draft between a target's ends as an engine runs it, for texts of up to `positions`."""
     if engine == EAGER:
         return EagerDraft(draft, ends)
+    if engine == CUDA:
+        return CudaDraft(draft, ends)
     return NativeDraft(draft, ends, positions, exact=engine == NATIVE_FLOAT32)
 
 
-def hidden_drafter(runnable: RunnableDraft, vocab_size: int) -> Drafter:
+def hidden_drafter(runnable: RunnableDraft | NativeDraft | CudaDraft, vocab_size: int) -> Drafter:
     """The walk along a tree, with the copy distribution that the draft asks for."""
-    drafter = HiddenDrafter(runnable, vocab_size)
+    if isinstance(runnable, CudaDraft):
+        return CudaDrafter(runnable, vocab_size)
     weights = runnable.draft.config.copy_weights
-    return CopyDrafter(drafter, weights) if weights else drafter
+    drafter: Drafter
+    if isinstance(runnable, NativeDraft):
+        drafter, match = NativeDrafter(runnable, vocab_size), rows.longest_match
+    else:
+        drafter, match = HiddenDrafter(runnable, vocab_size), longest_match
+    return CopyDrafter(drafter, weights, match) if weights else drafter
+
+
+def engine_reason(pair: ModelPair, engine: str) -> str | None:
+    """Why a pair cannot be run on an engine other than eager; None if it can."""
+    if engine != CUDA:
+        return native_reason(pair)
+    reason = cuda_llama.unsupported_reason(pair.target)
+    if isinstance(pair.draft, PreTrainedModel):
+        reason = reason or cuda_llama.unsupported_reason(pair.draft)
+    return reason
 
 
 def native_reason(pair: ModelPair) -> str | None:
@@ -321,7 +357,7 @@ def load_pair(
         dtype: "float32", "bfloat16" or "float16"; None chooses float32 on CPU and MPS, bfloat16
             on CUDA (float16 where the board has no bfloat16).
         engine: one of `ENGINES`; None takes the fastest that can run the pair in this dtype:
-            on a CPU "native", or "native-float32" where float32 was asked for.
+            on a CPU "native", or "native-float32" where float32 was asked for; on a GPU "cuda".
         progress: called with a stage, the bytes done and the bytes in all (0 where unknown).
 
     Raises:
@@ -362,14 +398,18 @@ def load_preset(
         pair = _load_embedded(preset, place, kind, progress)
     else:
         pair = _load_hub(preset, place, kind, progress)
-    chosen = engine or _fastest_engine(pair, dtype)
+    chosen = engine or fastest_engine(pair, dtype)
+    if engine is None and place.type == "cuda" and chosen == EAGER:
+        notes += (f"Runs through transformers, which is slower. {engine_reason(pair, CUDA)}",)
     pair = dataclasses.replace(pair, engine=chosen, notes=notes + pair.notes)
     _ = pair.engine_target, pair.engine_draft  # packed now, while a reader waits for loading
     return pair
 
 
-def _fastest_engine(pair: ModelPair, dtype: str | torch.dtype | None) -> str:
+def fastest_engine(pair: ModelPair, dtype: str | torch.dtype | None = None) -> str:
     """The engine for a pair whose weights were asked for in this dtype."""
+    if pair.device.type == "cuda":
+        return EAGER if engine_reason(pair, CUDA) else CUDA
     if pair.device.type != "cpu" or pair.dtype != torch.float32 or native_reason(pair):
         return EAGER
     return NATIVE if dtype in (None, "auto") else NATIVE_FLOAT32

@@ -30,7 +30,8 @@ from mtad.errors import Cancelled, ConfigError, DeadlineExceeded, PairError, Pro
 from mtad.hidden_draft import HiddenDraft
 from mtad.lm import CachedLM, Recorder, clock_for
 from mtad.metrics import summarize
-from mtad.pairs import ModelPair, as_drafter
+from mtad.native import library
+from mtad.pairs import EAGER, ModelPair, as_drafter
 from mtad.recording import Scribe, Timing, meter_for, synchronize
 from mtad.text import encode_prompt
 from mtad.trace import Decision, Step, StopReason, Trace
@@ -47,6 +48,14 @@ def device_lock(device: torch.device) -> threading.Lock:
     """The lock that a run holds while it uses a device."""
     with _locks_guard:
         return _locks.setdefault(str(device), threading.Lock())
+
+
+@contextlib.contextmanager
+def decoding(pair: ModelPair) -> Iterator[None]:
+    """What holds for the calling thread while it decodes."""
+    lent = contextlib.nullcontext() if pair.engine == EAGER else library.lent_threads()
+    with torch.inference_mode(), lent:
+        yield
 
 
 def stream(
@@ -253,7 +262,8 @@ class _Run:
         started_at = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         timing.begin()
         try:
-            reason = self._drain(decisions, scribe)
+            with decoding(pair):
+                reason = self._drain(decisions, scribe)
         finally:
             windows = timing.end()
         summary = summarize(
@@ -321,9 +331,12 @@ def _warm_up(pair: ModelPair, check: Callable[[], None]) -> None:
     known = isinstance(pair.draft, (PreTrainedModel, HiddenDraft))
     draft = as_drafter(pair) if known else None
     token = torch.zeros(1, dtype=torch.int64, device=lm.device)
-    hidden = lm.prefill(token, draft.target_layers if draft else ())
-    for rows in (1, 5):
-        lm.forward(token.expand(rows))
+    layers = draft.target_layers if draft else ()
+    hidden = lm.prefill(token, layers)
+    # An engine may prepare a pass for what is asked of it.
+    for asked in dict.fromkeys([(), layers]):
+        for rows in (1, 5):
+            lm.forward(token.expand(rows), layers=asked)
     if draft is not None:
         check()
         draft.prefill(token, hidden)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mtad.config import DecodeConfig
+from mtad.logits import Logits
 
 
 def wide(values: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ class Warped:
         return -torch.where(self.logprobs == -torch.inf, 0.0, terms).sum(-1)
 
 
-def warp(logits: Tensor, config: DecodeConfig) -> Warped:
+def warp(logits: Tensor | Logits, config: DecodeConfig) -> Warped:
     """The conditionals that every rule works on: temperature, top-k, top-p, renormalised.
 
     In float32. The token that crosses top_p is kept. At temperature 0 the distribution is a
@@ -90,31 +91,30 @@ def warp(logits: Tensor, config: DecodeConfig) -> Warped:
         logits: [..., V], raw.
         config: temperature, top_k and top_p are read.
     """
-    logits = logits.float()
-    vocab_size = logits.shape[-1]
+    logits = Logits.of(logits)
     if config.temperature == 0.0:
-        best = logits.argmax(-1, keepdim=True)
-        return Warped(best, torch.zeros_like(best, dtype=torch.float32), vocab_size)
-    if 0 < config.top_k < vocab_size:
-        values, token_ids = logits.topk(config.top_k, dim=-1)
+        best = logits.tokens_at(logits.values.argmax(-1, keepdim=True))
+        return Warped(best, torch.zeros_like(best, dtype=torch.float32), logits.vocab_size)
+    if 0 < config.top_k < logits.values.shape[-1]:
+        values, token_ids = logits.best(config.top_k)
     elif config.top_p < 1.0:
-        values, token_ids = logits.sort(dim=-1, descending=True, stable=True)
+        values, columns = logits.values.float().sort(dim=-1, descending=True, stable=True)
+        token_ids = logits.tokens_at(columns)
     else:
-        values = logits
-        token_ids = torch.arange(vocab_size, device=logits.device).expand(logits.shape)
+        values, token_ids = logits.values.float(), logits.tokens()
     # The maximum goes first: a tiny temperature must not overflow.
     scaled = (values - values.amax(-1, keepdim=True)) / config.temperature
     logprobs = scaled.log_softmax(-1)
     if config.top_p < 1.0:
-        mass_through = logprobs.exp().cumsum(-1)
-        mass_before = torch.nn.functional.pad(mass_through[..., :-1], (1, 0))
+        mass_before = logprobs.exp().cumsum(-1)[..., :-1]
         # The first token stays whatever top_p is: one that float32 rounds to 0 keeps it alone.
-        kept = (mass_before < config.top_p) | (mass_before == 0.0)
-        logprobs = torch.where(kept, logprobs, -torch.inf).log_softmax(-1)
-    return Warped(token_ids, logprobs, vocab_size)
+        dropped = (mass_before >= config.top_p) & (mass_before > 0.0)
+        logprobs[..., 1:].masked_fill_(dropped, -torch.inf)
+        logprobs = logprobs.log_softmax(-1)
+    return Warped(token_ids, logprobs, logits.vocab_size)
 
 
-def score(logits: Tensor, config: DecodeConfig) -> Warped:
+def score(logits: Tensor | Logits, config: DecodeConfig) -> Warped:
     """What the joint methods (`beam`, `mtjd`, `mtad`, `mtad_tree`) score blocks with.
 
     The warped conditionals; at temperature 0, where they choose by maximum instead of by draw,
@@ -125,10 +125,10 @@ def score(logits: Tensor, config: DecodeConfig) -> Warped:
     return unwarped(logits)
 
 
-def unwarped(logits: Tensor) -> Warped:
+def unwarped(logits: Tensor | Logits) -> Warped:
     """[..., V] logits → the model's own distribution: temperature 1, no filter."""
-    token_ids = torch.arange(logits.shape[-1], device=logits.device).expand(logits.shape)
-    return Warped(token_ids, logits.float().log_softmax(-1), logits.shape[-1])
+    logits = Logits.of(logits)
+    return Warped(logits.tokens(), logits.values.float().log_softmax(-1), logits.vocab_size)
 
 
 def draw(distribution: Warped, uniform: Tensor) -> Tensor:
@@ -176,14 +176,25 @@ def residual(target: Warped, draft: Warped) -> Warped:
     return Warped(target.token_ids, (left / left.sum(-1, keepdim=True)).log(), target.vocab_size)
 
 
-def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
-    """[rows, V] raw logits, [rows] tokens → [rows] log p at temperature 1 without filters."""
-    logits = logits.float()
-    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
+def token_logprobs(logits: Tensor | Logits, tokens: Tensor, rows: Tensor | None = None) -> Tensor:
+    """[rows, V] raw logits, [n] tokens → [n] log p at temperature 1 without filters.
+
+    `rows` says after which row each token stands; one after the other by default.
+    """
+    logits = Logits.of(logits)
+    if rows is None:
+        rows = torch.arange(tokens.shape[0], device=tokens.device)
+    return logits.values[rows, tokens].float() - logits.log_sums()[rows]
 
 
-def top_alternatives(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """[rows, V] raw logits → the `count` best tokens and their log p at temperature 1."""
-    logits = logits.float()
-    values, token_ids = logits.topk(min(count, logits.shape[-1]), dim=-1)
-    return token_ids, values - logits.logsumexp(-1, keepdim=True)
+def top_alternatives(
+    logits: Tensor | Logits, count: int, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """[rows, V] raw logits → the `count` best tokens and their log p at temperature 1.
+
+    Of all rows, or of those that `rows` [n] lists.
+    """
+    logits = Logits.of(logits)
+    values, token_ids = logits.best(min(count, logits.values.shape[-1]))
+    logprobs = values - logits.log_sums().unsqueeze(-1)
+    return (token_ids, logprobs) if rows is None else (token_ids[rows], logprobs[rows])

@@ -9,12 +9,22 @@ import torch
 from torch import Tensor
 
 import mtad
-from mtad.copy_drafter import CopyDrafter, longest_match
+from mtad.copy_drafter import CopyDrafter, Match, longest_match
+from mtad.native import library, rows
 from mtad.pairs import ModelPair
 from tests.models import tiny
 from tests.tables import TableLM
 
 WEIGHTS = (0.1, 0.5, 0.9)
+MATCHES = [
+    longest_match,
+    pytest.param(
+        rows.longest_match,
+        marks=pytest.mark.skipif(
+            library.unavailable_reason() is not None, reason="no C compiler on this machine"
+        ),
+    ),
+]
 
 
 def by_hand(text: list[int], tail: list[int], most: int) -> tuple[int, int | None]:
@@ -26,7 +36,8 @@ def by_hand(text: list[int], tail: list[int], most: int) -> tuple[int, int | Non
     return 0, None
 
 
-def test_longest_match_against_a_search_by_hand() -> None:
+@pytest.mark.parametrize("match", MATCHES)
+def test_longest_match_against_a_search_by_hand(match: Match) -> None:
     generator = torch.Generator().manual_seed(0)
     found = set()
     for _ in range(300):
@@ -34,7 +45,7 @@ def test_longest_match_against_a_search_by_hand() -> None:
         text = torch.randint(3, (size,), generator=generator)
         tails = torch.randint(3, (4, 4), generator=generator)
         tails[0, :3] = -1  # a text of one token
-        lengths, copied = longest_match(text, tails)
+        lengths, copied = match(text, tails)
         for row in range(4):
             tail = [token for token in tails[row].tolist() if token >= 0]
             length, token = by_hand(text.tolist(), tail, 4)
@@ -61,10 +72,10 @@ def test_any_walk_mixes_by_the_longest_match() -> None:
         for _ in range(3):
             first = [pick(4) for _ in range(1 + pick(2))]
             nodes = [first[: i + 1] for i in range(len(first))]
-            rows = list(drafter.next_logits(torch.tensor(first)))
+            rows = list(drafter.next_logits(torch.tensor(first)).dense())
             parents = [pick(len(nodes)) for _ in range(3)]
             tokens = [pick(4) for _ in parents]
-            rows += list(drafter.next_logits(torch.tensor(tokens), torch.tensor(parents)))
+            rows += list(drafter.next_logits(torch.tensor(tokens), torch.tensor(parents)).dense())
             below = zip(parents, tokens, strict=True)
             nodes += [[*nodes[parent], token] for parent, token in below]
             for node, row in zip(nodes, rows, strict=True):
@@ -75,7 +86,7 @@ def test_any_walk_mixes_by_the_longest_match() -> None:
                     expected = expected * (1 - share)
                     expected[token] += share
                     matched += 1
-                torch.testing.assert_close(row.exp(), expected, atol=1e-6, rtol=1e-5)
+                torch.testing.assert_close(row.softmax(-1), expected, atol=1e-6, rtol=1e-5)
             kept = nodes[pick(len(nodes))]
             path = [nodes.index(kept[: i + 1]) for i in range(len(kept))]
             drafter.keep(torch.tensor(path))
@@ -99,9 +110,9 @@ def test_a_token_that_the_draft_cannot_propose_can_be_copied() -> None:
 
     drafter = CopyDrafter(Never(), WEIGHTS)
     drafter.prefill(torch.tensor([0, 1, 2, 0]), None)
-    probs = drafter.next_logits(torch.tensor([1])).exp()[0]
+    probs = drafter.next_logits(torch.tensor([1])).dense().softmax(-1)[0]
     torch.testing.assert_close(probs, torch.tensor([0.25, 0.25, 0.5]))
-    unmatched = drafter.next_logits(torch.tensor([0]), torch.tensor([0])).exp()[0]
+    unmatched = drafter.next_logits(torch.tensor([0]), torch.tensor([0])).dense().softmax(-1)[0]
     assert unmatched[2] == 0
 
 

@@ -13,13 +13,18 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import mtad
+from mtad.draft import Drafter
 from mtad.draft_files import FILE_NAME, load_draft, save_draft
 from mtad.errors import ConfigError, PairError
 from mtad.hidden_draft import Ends, HiddenDraft, HiddenDraftConfig
 from mtad.hidden_drafter import EagerDraft, HiddenDrafter
 from mtad.lm import CachedLM
+from mtad.native import library
+from mtad.native.draft import NativeDraft
+from mtad.native.drafter import NativeDrafter
 from mtad.pairs import ModelPair
 from tests.models import FAMILIES, tiny
 
@@ -80,11 +85,44 @@ class Reference:
         return F.linear(self.draft.head_input(own), head)
 
 
+def native_sizes(family: str = "llama") -> tuple[PreTrainedModel, HiddenDraft]:
+    """A target and a draft as large as the kernels ask for."""
+    target = tiny(family, vocab_size=VOCABULARY, hidden_size=64, num_attention_heads=4)
+    return target, make_draft(hidden_size=64)
+
+
+def eager_walk(draft: HiddenDraft, ends: Ends) -> Drafter:
+    return HiddenDrafter(EagerDraft(draft, ends), VOCABULARY)
+
+
+def native_walk(draft: HiddenDraft, ends: Ends) -> Drafter:
+    return NativeDrafter(NativeDraft(draft, ends, 512, exact=True), VOCABULARY)
+
+
+WALKS = [
+    eager_walk,
+    pytest.param(
+        native_walk,
+        marks=pytest.mark.skipif(
+            library.unavailable_reason() is not None, reason="no C compiler on this machine"
+        ),
+    ),
+]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
+def test_any_walk_over_any_family_gives_what_reading_anew_gives(family: str) -> None:
+    walk_at_random(tiny(family, vocab_size=VOCABULARY), make_draft(), eager_walk)
+
+
+@pytest.mark.parametrize("walk", WALKS)
+def test_any_walk_gives_what_reading_anew_gives(walk: Any) -> None:
+    walk_at_random(*native_sizes(), walk)
+
+
 @torch.no_grad()
-def test_any_walk_gives_what_reading_anew_gives(family: str) -> None:
+def walk_at_random(target: PreTrainedModel, draft: HiddenDraft, walk: Any) -> None:
     """Random prompts, trees, kept paths and tokens accepted beyond the draft's cache."""
-    target, draft = tiny(family, vocab_size=VOCABULARY), make_draft()
     ends = Ends.of(target, draft.token_ids)
     generator = torch.Generator().manual_seed(1)
 
@@ -95,19 +133,20 @@ def test_any_walk_gives_what_reading_anew_gives(family: str) -> None:
     for _ in range(6):
         text = [pick(VOCABULARY) for _ in range(1 + pick(5))]
         reference = Reference(target, draft, begins_empty=len(text) == 1)
-        drafter = HiddenDrafter(EagerDraft(draft, ends), VOCABULARY)
+        drafter = walk(draft, ends)
         known, pending = len(text) - 1, 1
         drafter.prefill(torch.tensor(text[:-1], dtype=torch.int64), reference.hidden(text[:-1]))
 
         for _ in range(4):
             before = text[: len(text) - pending]
             nodes = [text[len(before) : len(before) + i + 1] for i in range(pending)]
-            given = [drafter.next_logits(torch.tensor(text[-pending:]))]
+            given = [drafter.next_logits(torch.tensor(text[-pending:])).dense()]
             leaves = [pending - 1]
             for _ in range(pick(3)):
                 parents = [leaves[pick(len(leaves))] for _ in range(1 + pick(3))]
                 tokens = [pick(VOCABULARY) for _ in parents]
-                given.append(drafter.next_logits(torch.tensor(tokens), torch.tensor(parents)))
+                below = drafter.next_logits(torch.tensor(tokens), torch.tensor(parents))
+                given.append(below.dense())
                 leaves = list(range(len(nodes), len(nodes) + len(tokens)))
                 nodes += [
                     [*nodes[parent], token] for parent, token in zip(parents, tokens, strict=True)
@@ -131,36 +170,41 @@ def test_any_walk_gives_what_reading_anew_gives(family: str) -> None:
     assert compared > 60
 
 
+@pytest.mark.parametrize("walk", WALKS)
 @torch.no_grad()
-def test_a_chain_beyond_the_target_is_read_one_by_one() -> None:
-    target, draft = tiny(vocab_size=VOCABULARY), make_draft()
+def test_a_chain_beyond_the_target_is_read_one_by_one(walk: Any) -> None:
+    target, draft = native_sizes()
     reference = Reference(target, draft, begins_empty=False)
-    drafter = HiddenDrafter(EagerDraft(draft, Ends.of(target, draft.token_ids)), VOCABULARY)
+    drafter = walk(draft, Ends.of(target, draft.token_ids))
     drafter.prefill(torch.tensor([1, 2]), reference.hidden([1, 2]))
-    logits = drafter.next_logits(torch.tensor([3, 4, 5]))
+    logits = drafter.next_logits(torch.tensor([3, 4, 5])).dense()
     for end in range(3):
         expected = reference.logits_after([1, 2, 3, 4, 5][: 3 + end], 2)
         torch.testing.assert_close(logits[end, ::2], expected, atol=2e-5, rtol=1e-4)
 
 
-def test_a_long_prompt_is_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    target, draft = tiny(vocab_size=VOCABULARY), make_draft()
+@pytest.mark.parametrize("walk", WALKS)
+@torch.no_grad()
+def test_a_long_prompt_is_read_in_chunks(walk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, draft = native_sizes()
     text = [(7 * i) % VOCABULARY for i in range(30)]
     hidden = Reference(target, draft, False).hidden(text)
 
     def logits() -> Tensor:
-        drafter = HiddenDrafter(EagerDraft(draft, Ends.of(target, draft.token_ids)), VOCABULARY)
+        drafter = walk(draft, Ends.of(target, draft.token_ids))
         drafter.prefill(torch.tensor(text), hidden)
-        return drafter.next_logits(torch.tensor([3]))[:, ::2]
+        return drafter.next_logits(torch.tensor([3])).dense()[:, ::2]
 
     whole = logits()
     monkeypatch.setattr("mtad.hidden_drafter.PREFILL_CHUNK_TOKENS", 7)
+    monkeypatch.setattr("mtad.native.drafter._CHUNK_TOKENS", 7)
     torch.testing.assert_close(logits(), whole, atol=2e-5, rtol=1e-4)
 
 
-def test_states_that_are_missing_are_asked_for() -> None:
-    target, draft = tiny(vocab_size=VOCABULARY), make_draft()
-    drafter = HiddenDrafter(EagerDraft(draft, Ends.of(target, draft.token_ids)), VOCABULARY)
+@pytest.mark.parametrize("walk", WALKS)
+def test_states_that_are_missing_are_asked_for(walk: Any) -> None:
+    target, draft = native_sizes()
+    drafter = walk(draft, Ends.of(target, draft.token_ids))
     with pytest.raises(PairError, match="was given none.*target_layers to prefill and keep"):
         drafter.prefill(torch.tensor([1, 2]), None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from mtad.native import library
 from mtad.native.linear import matrix
 from mtad.native.llama import NativeLlama, unsupported_reason
 from mtad.native.packing import CODES4, CODES8, FLOAT32, Packed, pack, unpack
+from mtad.native.rows import NATIVE_SEARCH
 from mtad.processor import cpu_flags
 from tests.models import tiny
 
@@ -227,6 +229,68 @@ def test_rows_that_are_skipped_get_no_logits() -> None:
         assert whole.logits is not None and cut.logits is not None
         assert torch.equal(cut.logits, whole.logits[7:])
         assert torch.equal(cut.states, whole.states)
+
+
+# Wide rows
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize(("columns", "count"), [(64, 1), (1000, 10), (49_153, 10), (37, 37)])
+def test_wide_rows_are_read_as_torch_reads_them(columns: int, count: int, build: str) -> None:
+    values = (5 * torch.randn(3, columns + 3))[:, :columns]
+    values[1] = values[1].round()  # many equal ones
+    values[2, columns // 2] = torch.inf * -1
+    context = library.Context(2, library.load(BUILDS[build]))
+    best, sums = torch.empty(3, count), torch.empty(3)
+    at = torch.empty(3, count, dtype=torch.int64)
+    rows = library.Rows(
+        *(values.data_ptr(), columns + 3, 3, columns, count),
+        *(best.data_ptr(), at.data_ptr(), sums.data_ptr()),
+    )
+    context.library.mtad_best(context.pointer, ctypes.byref(rows))
+    context.library.mtad_log_sums(context.pointer, ctypes.byref(rows))
+    ordered = values.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(best, ordered.values[:, :count])
+    assert torch.equal(at, ordered.indices[:, :count])
+    torch.testing.assert_close(sums, values.logsumexp(-1), atol=2e-6, rtol=2e-6)
+
+
+def test_a_nan_comes_first_and_spoils_the_sum() -> None:
+    values = torch.randn(2, 100)
+    values[0, [3, 77]] = torch.nan
+    best, at = NATIVE_SEARCH.best(values, 4)
+    assert best[0, :2].isnan().all() and at[0, :2].tolist() == [3, 77]
+    assert not best[0, 2:].isnan().any() and not best[1].isnan().any()
+    assert NATIVE_SEARCH.log_sums(values).isnan().tolist() == [True, False]
+
+
+# Threads
+
+
+def test_threads_are_lent_to_the_kernels_by_one_thread_alone() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    seen: list[int] = []
+
+    def look() -> None:
+        seen.append(torch.get_num_threads())
+
+    def elsewhere() -> None:
+        thread = threading.Thread(target=look)
+        thread.start()
+        thread.join()
+
+    try:
+        with library.lent_threads():
+            look()
+            assert library.context().threads == 3
+            elsewhere()
+        look()
+        elsewhere()
+        assert library.context().threads == 3
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 3, 3, 3]
 
 
 # What cannot be run

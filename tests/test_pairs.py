@@ -21,6 +21,7 @@ from mtad import inspection, loading, pairs
 from mtad.draft_files import FILE_NAME, load_draft
 from mtad.errors import ConfigError, PairError
 from mtad.lm import CachedLM
+from mtad.logits import Logits
 from mtad.pairs import ModelPair, as_drafter, load_pair, load_preset
 from mtad.presets import Preset, find_preset, presets
 from mtad.trace import ModelInfo
@@ -500,7 +501,7 @@ def test_real_draft_overlaps_with_the_target(smollm2: ModelPair) -> None:
     draft.prefill(ids[:1], hidden[:1])
     draft.keep(0, hidden[1:-1])  # every token is read with the target's state before it
     p = smollm2.target(ids[None]).logits[0, 1:].float().softmax(-1)
-    q = draft.next_logits(ids[1:]).float().softmax(-1)
+    q = Logits.of(draft.next_logits(ids[1:])).dense().softmax(-1)
     overlap = torch.minimum(p, q).sum(-1)[10:].mean().item()
     # A wrong layer, position or scale gives less than 0.1.
     assert 0.3 < overlap < 0.95

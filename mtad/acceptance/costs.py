@@ -24,7 +24,7 @@ from mtad.errors import Cancelled, PairError
 from mtad.lm import CachedLM
 from mtad.pairs import ModelPair, as_drafter
 from mtad.recording import synchronize
-from mtad.runner import device_lock
+from mtad.runner import decoding, device_lock
 
 CONTEXT_TOKENS = 200
 ROUNDS = 15
@@ -69,7 +69,7 @@ def measure_costs(
             f" passes of {longest} rows. Choose a smaller γ or beam width."
         )
     timer = _Timer(pair.device, cancel)
-    with device_lock(pair.device), torch.inference_mode():
+    with device_lock(pair.device), decoding(pair):
         bench = _Bench(pair, context, wanted, beam_width, timer)
         for done in range(rounds + 1):
             bench.round()

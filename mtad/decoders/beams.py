@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mtad.config import DecodeConfig
+from mtad.logits import Logits
 from mtad.sampling import (
     Warped,
     draw_distinct,
@@ -92,7 +93,7 @@ class Beams:
 
     def grow(
         self,
-        logits: Tensor,  # [W or 1, V]
+        logits: Tensor | Logits,  # [W or 1, V]
         width: int,
         config: DecodeConfig,
         generator: torch.Generator,
@@ -114,6 +115,7 @@ class Beams:
             is_eos: which tokens end a sequence.
             record: how many alternatives to record; 0 records neither these nor raw_logprobs.
         """
+        logits = Logits.of(logits)
         scored = score(logits, config)
         choices = self._continuations(scored)  # [W, K], log-probabilities
         candidates = (self.joint.unsqueeze(-1) + choices).flatten()
@@ -127,23 +129,24 @@ class Beams:
             picked = draw_distinct(beam_weights(candidates), chance, width)
         # A NaN anywhere makes every choice of this step meaningless: it must not go unseen.
         broken = candidates.isnan().any()
-        joint = torch.where(broken, torch.nan, candidates[picked])
+        joint = torch.where(broken, torch.nan, candidates.index_select(0, picked))
         picked = picked.clamp_max(choices.numel() - 1)  # padding points nowhere; its joint is −∞
         slot = picked // choices.shape[-1]
-        column = picked % choices.shape[-1]
-        token = scored.token_ids[slot, column]
-        was_finished = self.finished[slot]
+        token = scored.token_ids.flatten().index_select(0, picked)
+        was_finished = self.finished.index_select(0, slot)
+        token_ids = self.token_ids.index_select(0, slot)
         if self.steps:
-            token = torch.where(was_finished, self.token_ids[slot, -1], token)
-        logprob = torch.where(broken, torch.nan, choices[slot, column].float())
+            token = torch.where(was_finished, token_ids[:, -1], token)
+        logprob = choices.flatten().index_select(0, picked).float()
+        logprob = torch.where(broken, torch.nan, logprob)
         alive = joint > -torch.inf
         first_node = self.steps * width
-        here = torch.arange(first_node, first_node + width, device=logits.device)
+        here = torch.arange(first_node, first_node + width, device=slot.device)
         grown = Beams(
-            token_ids=_append(self.token_ids[slot], token),
-            logprobs=_append(self.logprobs[slot], logprob),
-            nodes=_append(self.nodes[slot], here),
-            real=_append(self.real[slot], alive & ~was_finished),
+            token_ids=_append(token_ids, token),
+            logprobs=_append(self.logprobs.index_select(0, slot), logprob),
+            nodes=_append(self.nodes.index_select(0, slot), here),
+            real=_append(self.real.index_select(0, slot), alive & ~was_finished),
             joint=joint,
             finished=was_finished | is_eos(token) | ~alive,
             came_from=slot,
@@ -153,7 +156,7 @@ class Beams:
         )
         if record:
             ids, logprobs = top_alternatives(logits, record)
-            raw = token_logprobs(logits.index_select(0, slot), token)
+            raw = token_logprobs(logits, token, slot)
             grown.raw_logprobs = _append(self.raw_logprobs[slot], raw)
             grown.alternative_ids = _append_rows(self.alternative_ids, slot, ids)
             grown.alternative_logprobs = _append_rows(self.alternative_logprobs, slot, logprobs)
@@ -178,7 +181,7 @@ def _append_rows(history: Tensor, slot: Tensor, latest: Tensor) -> Tensor:
 
 
 def grow_beams(
-    next_logits: Callable[[Tensor, Tensor | None], Tensor],
+    next_logits: Callable[[Tensor, Tensor | None], Tensor | Logits],
     pending: Tensor,
     steps: int,
     config: DecodeConfig,

@@ -15,7 +15,7 @@ from mtad.config import DecodeConfig
 from mtad.decoders.common import Proposal, State, check_finite
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
-from mtad.sampling import draw, uniforms, warp, wide
+from mtad.sampling import draw, token_logprobs, uniforms, warp, wide
 from mtad.trace import Decision
 from mtad.verify import leading_run, rollback_keeps
 
@@ -36,8 +36,7 @@ def decode(
         logits = state.verify(block)
         rows = warp(logits, config)
         length = block.levels
-        unwarped = logits[:length].float().log_softmax(-1)
-        scores = unwarped.gather(-1, block.token_ids.unsqueeze(-1)).squeeze(-1)
+        scores = token_logprobs(logits, block.token_ids)
         accepted = leading_run(rollback_keeps(scores, config.rollback_threshold))
         yield state.conclude(
             block,
@@ -66,7 +65,7 @@ def write_while_sure(state: State, length: int) -> Proposal:
     sure = True
     while sure and len(token_ids) < length:
         logits = state.draft_logits(unread)[-1]
-        peak = float(logits.float().softmax(-1).amax())
+        peak = float((logits.best(1)[0][0] - logits.log_sums()).exp())
         check_finite("draft", [peak])
         sure = peak >= state.config.fallback_threshold
         if sure:

@@ -20,6 +20,7 @@ from mtad.config import DecodeConfig
 from mtad.draft import Drafter
 from mtad.errors import PairError
 from mtad.lm import CachedLM
+from mtad.logits import Logits
 from mtad.sampling import token_logprobs, top_alternatives, wide
 from mtad.trace import Alternative, Decision, DraftTree, FinalKind
 
@@ -151,17 +152,17 @@ class State:
         """γ for the next block: near the end it leaves room for the token after the block."""
         return min(self.draft_length, self.remaining - 1)
 
-    def draft_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor:
+    def draft_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Logits:
         """`Drafter.next_logits`, counted."""
         assert self.draft is not None, "this method needs a draft"
         self.draft_passes += 1
-        return self.draft.next_logits(token_ids, parents)
+        return Logits.of(self.draft.next_logits(token_ids, parents))
 
     def is_eos(self, token_ids: Tensor) -> Tensor:
         """[...] bool."""
         return (token_ids.unsqueeze(-1) == self.eos).any(-1)
 
-    def verify(self, proposal: Proposal) -> Tensor:
+    def verify(self, proposal: Proposal) -> Logits:
         """One target pass over the pending token and the draft → logits [1 + N, V].
 
         Row 0 follows the pending token, row 1 + i follows node i.
@@ -173,12 +174,12 @@ class State:
         layers = self.draft.target_layers if self.draft is not None else ()
         output = self.target.forward(token_ids, parents, levels=proposal.levels + 1, layers=layers)
         self.hidden = output.hidden
-        return output.logits
+        return Logits(output.logits, search=output.search)
 
     def conclude(
         self,
         proposal: Proposal,
-        logits: Tensor,  # [1 + N, V]
+        logits: Logits,  # [1 + N, V]
         target_logprobs: Tensor,  # [N]
         path: Tensor,  # [D]
         accepted: Tensor,  # []
@@ -207,8 +208,7 @@ class State:
         followers = torch.cat([proposal.token_ids[path], final_token.view(1)])
         depths = torch.arange(rows.shape[0], device=rows.device)
         emitted = torch.where(depths == accepted, final_token, followers)
-        chosen = logits.index_select(0, rows)
-        alternative_ids, alternative_logprobs = top_alternatives(chosen, NUM_ALTERNATIVES)
+        alternative_ids, alternative_logprobs = top_alternatives(logits, NUM_ALTERNATIVES, rows)
         empty = target_logprobs[:0]
         host = to_host(
             accepted=accepted,
@@ -219,7 +219,7 @@ class State:
             draft_logprobs=proposal.draft_logprobs,
             target_logprobs=target_logprobs,
             path=path,
-            emitted_logprobs=token_logprobs(chosen, emitted),
+            emitted_logprobs=token_logprobs(logits, emitted, rows),
             alternative_ids=alternative_ids,
             alternative_logprobs=alternative_logprobs,
             reference_logprobs=empty if reference_logprobs is None else reference_logprobs,
@@ -303,8 +303,9 @@ def to_host(**columns: Tensor) -> dict[str, list[float]]:
     float64 holds token ids and float32 values exactly. (On MPS float32 does, for vocabularies
     under 2^24.)
     """
-    flat = {name: wide(column.flatten()) for name, column in columns.items()}
-    values: list[float] = torch.cat(list(flat.values())).tolist()
+    flat = {name: column.flatten() for name, column in columns.items()}
+    first, *others = flat.values()
+    values: list[float] = torch.cat([wide(first), *others]).tolist()
     host: dict[str, list[float]] = {}
     start = 0
     for name, column in flat.items():

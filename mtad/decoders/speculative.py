@@ -80,8 +80,8 @@ def corrected_or_bonus(target: Warped, draft: list[Warped], accepted: Tensor) ->
     norm(max(p − q, 0)) at the first rejection, p after a whole block: beyond the block q counts
     as 0, which makes the second case one of the first.
     """
-    nowhere = torch.full_like(target.logprobs[:1], -torch.inf)
-    draft_logprobs = torch.cat([row.logprobs.unsqueeze(0) for row in draft] + [nowhere])
-    draft_ids = torch.cat([row.token_ids.unsqueeze(0) for row in draft] + [target.token_ids[:1]])
-    padded = Warped(draft_ids, draft_logprobs, target.vocab_size)
+    last = draft[-1] if draft else target.row(accepted)
+    rows = [*(row.logprobs for row in draft), torch.full_like(last.logprobs, -torch.inf)]
+    draft_ids = torch.stack([*(row.token_ids for row in draft), last.token_ids])
+    padded = Warped(draft_ids, torch.stack(rows), target.vocab_size)
     return residual(target.row(accepted), padded.row(accepted))

@@ -1,7 +1,8 @@
-"""A `HiddenDraft` on the kernels."""
+"""A `HiddenDraft` packed for the kernels."""
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 
 import torch
@@ -9,21 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtad.errors import PairError
-from mtad.hidden_draft import NORM_EPS, Ends, HiddenDraft, Layer, rms_norm
-from mtad.native.linear import NativeLinear
+from mtad.hidden_draft import NORM_EPS, Ends, HiddenDraft, Layer
+from mtad.native import library
+from mtad.native.linear import matrix
 from mtad.native.llama import rotary_tables
 from mtad.native.model import LayerWeights, NativeModel
-from mtad.native.packing import FLOAT32, GROUP, LANES
+from mtad.native.packing import FLOAT32, GROUP, LANES, pack
 
 
 class NativeDraft:
-    """See `mtad.hidden_drafter.RunnableDraft`.
+    """A draft whose every step is one call of the kernels.
 
     Attributes:
-        draft: what it was made from; its norms are read.
-        ends: of the target.
+        draft: what it was made from.
+        ends: of the target; the embedding is read.
         model: its layers, and the rows of the target's head.
-        read, join: its other two matrices.
+        weight_bytes: that a pass reads, the rows of the target's head among them.
     """
 
     def __init__(
@@ -50,8 +52,6 @@ class NativeDraft:
         kind = FLOAT32 if exact else None
         self.draft = draft
         self.ends = ends
-        self.read = NativeLinear(draft.read.weight, kind)
-        self.join = NativeLinear(draft.join.weight, kind)
         self.model = NativeModel(
             _layers_of(draft),
             draft.norm,
@@ -63,55 +63,33 @@ class NativeDraft:
             sines=sines,
             exact=exact,
         )
-        joins = (self.read, self.join)
-        self.weight_bytes = self.model.weight_bytes + sum(
-            each.packed.data.numel() for each in joins
+        read, join = pack(draft.read.weight, kind), pack(draft.join.weight, kind)
+        floats = [norm.detach() for norm in (draft.read_norm, draft.token_norm, draft.state_norm)]
+        self.weight_bytes = self.model.weight_bytes + read.data.numel() + join.data.numel()
+        self._kept = (read, join, floats)  # the kernels hold pointers into these
+        self.struct = library.Draft(
+            self.model.struct,
+            matrix(read),
+            matrix(join),
+            *(norm.data_ptr() for norm in floats),
+            len(config.target_layers),
         )
-
-    def passes(self) -> NativeDraftPasses:
-        """It with an empty cache."""
-        return NativeDraftPasses(self)
-
-
-class NativeDraftPasses:
-    """See `mtad.hidden_drafter.DraftPasses`."""
-
-    def __init__(self, native: NativeDraft) -> None:
-        self.zeros = torch.zeros(0, native.model.width)
-        self._native = native
-        self._cache = native.model.cache()
-        self._count = int(native.draft.token_ids.shape[0])
 
     def read_target(self, hidden: Tensor) -> Tensor:
-        """See `DraftPasses.read_target`."""
-        return self._native.read(self._native.draft.normalised(hidden.float()))
-
-    def forward(
-        self,
-        token_ids: Tensor,
-        states: Tensor,
-        positions: Tensor,
-        length: int,
-        visible: Tensor,
-        skipped: int,
-    ) -> tuple[Tensor, Tensor]:
-        """See `DraftPasses.forward`."""
-        draft = self._native.draft
-        embedded = rms_norm(self._native.ends.embed(token_ids).float(), draft.token_norm)
-        joined = torch.cat([embedded, rms_norm(states, draft.state_norm)], -1)
-        rows = self._cache.forward(
-            self._native.join(joined),
-            positions,
-            length,
-            visible.shape[1],
-            visible,
-            skipped=skipped,
+        """The target's hidden states [n, F·H] → the states [n, H] that the draft reads."""
+        hidden = hidden.float().contiguous()
+        states = hidden.new_empty(hidden.shape[0], self.model.width)
+        threads = library.context()
+        failed = threads.library.mtad_read(
+            threads.pointer,
+            ctypes.byref(self.struct),
+            hidden.data_ptr(),
+            states.data_ptr(),
+            hidden.shape[0],
         )
-        assert rows.logits is not None
-        return rows.states, rows.logits[:, : self._count]
-
-    def crop(self, length: int) -> None:
-        """See `DraftPasses.crop`: a slot that is dropped is simply written again."""
+        if failed:
+            raise MemoryError(f"no memory for {hidden.shape[0]:,} rows")
+        return states
 
 
 def unsupported_draft(draft: HiddenDraft) -> str | None:

@@ -32,6 +32,7 @@
 #define GROUP 32  /* columns that share a scale */
 #define TILE 6    /* input rows that share one reading of a block */
 #define QUERIES 4 /* query rows that share one reading of the keys */
+#define AHEAD 4096 /* bytes of weights between what is used and what is asked for */
 
 typedef float floats __attribute__((vector_size(64)));
 typedef int32_t ints __attribute__((vector_size(64)));
@@ -376,6 +377,11 @@ INLINE int32_t load_four(const int8_t *from) {
     return four;
 }
 
+/* Asks for the weights of a group some groups ahead: memory is slower than the products. */
+INLINE void fetch(const uint8_t *data, const int bytes) {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(data + AHEAD + i);
+}
+
 /* Sixteen outputs of `rows` inputs from `row` on; `rows` is a constant at every call. */
 INLINE void block(const Matrix *m, const uint8_t *data, const Input *in, int row, const int rows,
                   floats *out) {
@@ -391,6 +397,7 @@ INLINE void block(const Matrix *m, const uint8_t *data, const Input *in, int row
     } else if (m->kind == CODES8) {
         for (int g = 0; g < groups; g++, data += 8 * 64 + 32) {
             codes part[8];
+            fetch(data, 8 * 64 + 32);
             for (int j = 0; j < 8; j++) {
                 part[j] = *(const loose_codes *)(data + 64 * j);
 #if defined(__AVX512VNNI__)
@@ -409,6 +416,7 @@ INLINE void block(const Matrix *m, const uint8_t *data, const Input *in, int row
     } else {
         for (int g = 0; g < groups; g++, data += 4 * 64 + 64) {
             codes part[8];
+            fetch(data, 4 * 64 + 64);
             for (int j = 0; j < 4; j++) {
                 typedef uint16_t words __attribute__((vector_size(64)));
                 codes both = *(const loose_codes *)(data + 64 * j);
@@ -768,26 +776,282 @@ static void forward_work(void *context, int thread, void *argument) {
 
 static size_t most(size_t a, size_t b) { return a > b ? a : b; }
 
-/* One pass through all layers. 0 if it was done, 1 where memory is missing. */
-int mtad_forward(Context *c, const Model *model, Cache *cache, const Pass *pass) {
-    const size_t rows = (size_t)pass->rows, size = (size_t)model->head_size;
+/* Scratch for a pass of `rows` over `slots`, with `more` bytes before it: where those begin, or
+ * NULL where memory is missing. The input of a product is as wide as `widest` at least. */
+static char *cut_forward(Context *c, Forward *f, size_t rows, size_t slots, size_t widest,
+                         size_t more) {
+    const Model *model = f->model;
+    const size_t size = (size_t)model->head_size;
     const size_t joined = (size_t)(model->heads + 2 * model->kv_heads) * size;
     const size_t mixed = (size_t)model->heads * size, mlp = (size_t)model->mlp;
-    const size_t widest = most(most(mixed, mlp), (size_t)model->width);
-    const size_t slots = ((size_t)(pass->prefix + pass->nodes) + LANES - 1) / LANES * LANES;
-    const size_t scores = (size_t)c->threads * QUERIES * slots;
-    size_t bytes = input_bytes(rows, widest) + 4 * 64;
+    const size_t scores = (size_t)c->threads * QUERIES * ((slots + LANES - 1) / LANES * LANES);
+    widest = most(most(mixed, mlp), most((size_t)model->width, widest));
+    size_t bytes = input_bytes(rows, widest) + 5 * 64 + more;
     bytes += (rows * (joined + mixed + mlp) + scores) * sizeof(float);
-    if (!reserve(c, bytes)) return 1;
+    if (!reserve(c, bytes)) return NULL;
     char *at = c->scratch;
-    Forward f = {model, cache, pass, cut_input(&at, rows, widest), NULL, NULL, NULL, NULL};
-    f.qkv = cut(&at, rows * joined * sizeof(float));
-    f.mixed = cut(&at, rows * mixed * sizeof(float));
-    f.inner = cut(&at, rows * mlp * sizeof(float));
-    f.scores = cut(&at, scores * sizeof(float));
+    f->in = cut_input(&at, rows, widest);
+    f->qkv = cut(&at, rows * joined * sizeof(float));
+    f->mixed = cut(&at, rows * mixed * sizeof(float));
+    f->inner = cut(&at, rows * mlp * sizeof(float));
+    f->scores = cut(&at, scores * sizeof(float));
+    return at;
+}
+
+/* One pass through all layers. 0 if it was done, 1 where memory is missing. */
+int mtad_forward(Context *c, const Model *model, Cache *cache, const Pass *pass) {
+    Forward f = {.model = model, .cache = cache, .pass = pass};
+    const size_t slots = (size_t)(pass->prefix + pass->nodes);
+    if (!cut_forward(c, &f, (size_t)pass->rows, slots, 0, 0)) return 1;
     run(c, forward_work, &f);
     return 0;
 }
+
+/* ---- a draft on hidden states ------------------------------------------------------------- */
+
+/* See `HiddenDraft` in hidden_draft.py. */
+typedef struct {
+    Model model;             /* its layers, and the rows of the target's head */
+    Matrix read, join;       /* [width, taps · width], [width, 2 · width] */
+    const float *read_norm;  /* [taps, width] */
+    const float *token_norm; /* [width] */
+    const float *state_norm; /* [width] */
+    int32_t taps;
+} Draft;
+
+/* New entries below `prefix` slots, behind `old` ones that have been read. An entry is a token
+ * and the entry above it, −1 for the prefix; it stands one place further in the text than that. */
+typedef struct {
+    int32_t prefix, old, rows;
+    int32_t position;       /* of an entry right below the prefix */
+    const float *embedded;  /* [rows, width] the target's embeddings of their tokens */
+    const int64_t *parents; /* [old + rows] */
+    float *given;           /* [1 + old + rows, width] the states that children of the prefix and */
+    int32_t known;          /*   of each entry are read with; so many of the first stay as they are */
+    int32_t skipped;
+    float *logits;          /* [rows − skipped, head rows], or NULL */
+} Step;
+
+typedef struct {
+    Forward forward;
+    const Draft *draft;
+    const Step *step;
+} Drafting;
+
+static void draft_work(void *context, int thread, void *argument) {
+    Context *c = context;
+    Drafting *d = argument;
+    const Draft *draft = d->draft;
+    const Step *step = d->step;
+    const int width = draft->model.width;
+    float *states = d->forward.pass->states;
+    Input in = d->forward.in;
+    in.columns = draft->join.columns;
+    PARALLEL(c, step->rows) {
+        const int entry = step->old + item;
+        const float *embedded = step->embedded + (size_t)item * width;
+        const float *state = step->given + (size_t)(1 + step->parents[entry]) * width;
+        float *to = in.values + (size_t)item * in.columns;
+        normalise(embedded, draft->token_norm, draft->model.eps, width, to);
+        normalise(state, draft->state_norm, draft->model.eps, width, to + width);
+        if (draft->join.kind != FLOAT32) encode(&in, item);
+    }
+    meet(c);
+    product(c, &draft->join, &in, step->rows, states, STORE);
+    forward_work(c, thread, &d->forward);
+}
+
+/* One pass over new entries. 0 if it was done, 1 where memory is missing. */
+int mtad_draft(Context *c, const Draft *draft, Cache *cache, const Step *step) {
+    const size_t rows = (size_t)step->rows, width = (size_t)draft->model.width;
+    const int nodes = step->old + step->rows;
+    const size_t slots = (size_t)(step->prefix + nodes), seen = rows * (size_t)nodes;
+    Pass pass = {.rows = step->rows, .prefix = step->prefix, .nodes = nodes,
+                 .logits = step->logits, .skipped = step->skipped};
+    Drafting d = {{.model = &draft->model, .cache = cache, .pass = &pass}, draft, step};
+    const size_t more = rows * (width + 1) * sizeof(float) + seen + 3 * 64;
+    char *at = cut_forward(c, &d.forward, rows, slots, (size_t)draft->join.columns, more);
+    if (!at) return 1;
+    pass.states = cut(&at, rows * width * sizeof(float));
+    int32_t *positions = cut(&at, rows * sizeof(int32_t));
+    uint8_t *visible = cut(&at, seen);
+    memset(visible, 0, seen);
+    for (int row = 0; row < step->rows; row++) {
+        positions[row] = step->position - 1;
+        for (int64_t e = step->old + row; e >= 0; e = step->parents[e]) {
+            visible[(size_t)row * (size_t)nodes + (size_t)e] = 1;
+            positions[row]++;
+        }
+    }
+    pass.positions = positions;
+    pass.visible = visible;
+    run(c, draft_work, &d);
+    for (int row = 0; row < step->rows; row++) {
+        const int child = 1 + step->old + row;
+        if (child < step->known) continue;
+        memcpy(step->given + (size_t)child * width, pass.states + (size_t)row * width,
+               width * sizeof(float));
+    }
+    return 0;
+}
+
+typedef struct {
+    const Draft *draft;
+    const float *hidden;
+    float *to;
+    int rows;
+    Input in;
+} Reading;
+
+static void read_work(void *context, int thread, void *argument) {
+    Reading *r = argument;
+    const Draft *draft = r->draft;
+    const size_t width = (size_t)draft->model.width;
+    Input in = r->in;
+    (void)thread;
+    PARALLEL(context, r->rows) {
+        for (int t = 0; t < draft->taps; t++) {
+            const size_t start = ((size_t)item * (size_t)draft->taps + (size_t)t) * width;
+            normalise(r->hidden + start, draft->read_norm + (size_t)t * width, draft->model.eps,
+                      (int)width, in.values + start);
+        }
+        if (draft->read.kind != FLOAT32) encode(&in, item);
+    }
+    meet(context);
+    product(context, &draft->read, &in, r->rows, r->to, STORE);
+}
+
+/* The target's hidden states [rows, taps, width] → the states [rows, width] that the draft reads.
+ * 0 if it was done, 1 where memory is missing. */
+int mtad_read(Context *c, const Draft *draft, const float *hidden, float *to, int rows) {
+    const size_t columns = (size_t)draft->read.columns;
+    if (!reserve(c, input_bytes((size_t)rows, columns))) return 1;
+    char *at = c->scratch;
+    Reading r = {draft, hidden, to, rows, cut_input(&at, (size_t)rows, columns)};
+    run(c, read_work, &r);
+    return 0;
+}
+
+/* ---- wide rows ---------------------------------------------------------------------------- */
+
+#define ROWS_WORTH_THREADS 65536 /* logits */
+
+typedef struct {
+    const float *values; /* [rows, columns] */
+    int64_t stride;      /* floats from row to row */
+    int32_t rows, columns;
+    int32_t count; /* at most `columns` */
+    float *best;   /* [rows, count] the largest, descending; where there is a NaN it comes first */
+    int64_t *at;   /* [rows, count] their columns; of equal ones the first comes first */
+    float *sums;   /* [rows] log Σ exp */
+} Rows;
+
+INLINE int any(ints mask) {
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+    uint64_t words[8], all = 0;
+    memcpy(words, &mask, 64);
+    for (int i = 0; i < 8; i++) all |= words[i];
+    return all != 0;
+#endif
+}
+
+/* Whether x in column i comes after y in column j. */
+INLINE int after(float x, int64_t i, float y, int64_t j) {
+    if (x != x || y != y) return y != y && (x == x || i > j);
+    return x < y || (x == y && i > j);
+}
+
+/* Lets the item at `root` sink in a heap whose root comes after all others. */
+static void sink(float *value, int64_t *at, int root, int count) {
+    for (int child; (child = 2 * root + 1) < count; root = child) {
+        if (child + 1 < count && after(value[child + 1], at[child + 1], value[child], at[child]))
+            child++;
+        if (!after(value[child], at[child], value[root], at[root])) return;
+        float v = value[root];
+        int64_t a = at[root];
+        value[root] = value[child], at[root] = at[child];
+        value[child] = v, at[child] = a;
+    }
+}
+
+static void best_of_row(const float *from, int columns, int count, float *value, int64_t *at) {
+    for (int i = 0; i < count; i++) value[i] = from[i], at[i] = i;
+    for (int i = count / 2 - 1; i >= 0; i--) sink(value, at, i, count);
+    for (int first = count; first < columns; first += LANES) {
+        /* A vector at a time is looked at closely only if it holds something to take. */
+        if (first + LANES <= columns && !any(~(load_floats(from + first) <= value[0]))) continue;
+        for (int i = first; i < columns && i < first + LANES; i++) {
+            if (!after(value[0], at[0], from[i], i)) continue;
+            value[0] = from[i], at[0] = i;
+            sink(value, at, 0, count);
+        }
+    }
+    for (int last = count - 1; last > 0; last--) {
+        float v = value[0];
+        int64_t a = at[0];
+        value[0] = value[last], at[0] = at[last];
+        value[last] = v, at[last] = a;
+        sink(value, at, 0, last);
+    }
+}
+
+static void best_work(void *context, int thread, void *argument) {
+    const Rows *r = argument;
+    (void)thread;
+    PARALLEL(context, r->rows) {
+        const size_t to = (size_t)item * (size_t)r->count;
+        best_of_row(r->values + item * r->stride, r->columns, r->count, r->best + to, r->at + to);
+    }
+}
+
+static float log_sum(const float *from, int columns) {
+    const int whole = columns / LANES * LANES;
+    floats most = broadcast(-INFINITY), sum = {0};
+    for (int i = 0; i < whole; i += LANES) most = larger(load_floats(from + i), most);
+    floats rest = broadcast(-INFINITY);
+    for (int i = whole; i < columns; i++) rest[i - whole] = from[i];
+    float top = lane_maximum(larger(rest, most));
+    for (int i = 0; i < whole; i += LANES) sum += exponential(load_floats(from + i) - top);
+    if (whole < columns) sum += exponential(rest - top);
+    return top + logf(lane_sum(sum));
+}
+
+static void log_sums_work(void *context, int thread, void *argument) {
+    const Rows *r = argument;
+    (void)thread;
+    PARALLEL(context, r->rows) r->sums[item] = log_sum(r->values + item * r->stride, r->columns);
+}
+
+/* Waking the other threads costs more than a few rows of a draft. */
+static void read_rows(Context *c, void (*work)(void *, int, void *), const Rows *rows) {
+    Context alone = {.threads = 1};
+    const int small = (int64_t)rows->rows * rows->columns < ROWS_WORTH_THREADS;
+    run(small ? &alone : c, work, (void *)rows);
+}
+
+void mtad_best(Context *c, const Rows *rows) { read_rows(c, best_work, rows); }
+
+void mtad_log_sums(Context *c, const Rows *rows) { read_rows(c, log_sums_work, rows); }
+
+/* Where in `text` the longest end of each of the tails [rows, size] stands with a token after it:
+ * the latest such place. Its length, and the token after it (any where the length is 0). */
+void mtad_longest_match(const int64_t *text, int count, const int64_t *tails, int rows, int size,
+                        int64_t *lengths, int64_t *tokens) {
+    for (int row = 0; row < rows; row++) {
+        const int64_t *tail = tails + (size_t)row * (size_t)size;
+        lengths[row] = 0, tokens[row] = text[0];
+        for (int end = count - 2; end >= 0 && lengths[row] < size; end--) {
+            int length = 0;
+            while (length < size && length <= end && text[end - length] == tail[size - 1 - length])
+                length++;
+            if (length > lengths[row]) lengths[row] = length, tokens[row] = text[end + 1];
+        }
+    }
+}
+
+/* ---- single products and moves ------------------------------------------------------------- */
 
 typedef struct {
     const Matrix *matrix;

@@ -16,7 +16,8 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -106,6 +107,52 @@ class Pass(ctypes.Structure):
     )
 
 
+class Draft(ctypes.Structure):
+    """`Draft` of kernels.c."""
+
+    _fields_ = (
+        ("model", Model),
+        ("read", Matrix),
+        ("join", Matrix),
+        ("read_norm", _Pointer),
+        ("token_norm", _Pointer),
+        ("state_norm", _Pointer),
+        ("taps", ctypes.c_int32),
+    )
+
+
+class Step(ctypes.Structure):
+    """`Step` of kernels.c."""
+
+    _fields_ = (
+        ("prefix", ctypes.c_int32),
+        ("old", ctypes.c_int32),
+        ("rows", ctypes.c_int32),
+        ("position", ctypes.c_int32),
+        ("embedded", _Pointer),
+        ("parents", _Pointer),
+        ("given", _Pointer),
+        ("known", ctypes.c_int32),
+        ("skipped", ctypes.c_int32),
+        ("logits", _Pointer),
+    )
+
+
+class Rows(ctypes.Structure):
+    """`Rows` of kernels.c."""
+
+    _fields_ = (
+        ("values", _Pointer),
+        ("stride", ctypes.c_int64),
+        ("rows", ctypes.c_int32),
+        ("columns", ctypes.c_int32),
+        ("count", ctypes.c_int32),
+        ("best", _Pointer),
+        ("at", _Pointer),
+        ("sums", _Pointer),
+    )
+
+
 @functools.cache
 def load(flags: tuple[str, ...] | None = None) -> ctypes.CDLL:
     """The kernels, compiled first if they are not there.
@@ -170,7 +217,7 @@ class Context:
             self.library.mtad_close(self.pointer)
 
 
-_contexts = threading.local()
+_of_thread = threading.local()
 
 
 def context() -> Context:
@@ -178,11 +225,46 @@ def context() -> Context:
 
     It ends with the thread.
     """
-    found: Context | None = getattr(_contexts, "own", None)
-    threads = torch.get_num_threads()
+    found: Context | None = getattr(_of_thread, "context", None)
+    threads: int = getattr(_of_thread, "lent", 0) or torch.get_num_threads()
     if found is None or found.threads != threads or found.process != os.getpid():
-        found = _contexts.own = Context(threads)
+        found = _of_thread.context = Context(threads)
     return found
+
+
+@contextmanager
+def lent_threads() -> Iterator[None]:
+    """Torch's threads go to the kernels for a while: between two passes it computes on one.
+
+    What torch does there is too small for two threads, and its second one would spin on the
+    processor that the kernels' own is waiting on. Holds for the calling thread alone.
+    """
+    threads = torch.get_num_threads()
+    _of_thread.lent = threads
+    _set_own_threads(1)
+    try:
+        yield
+    finally:
+        _of_thread.lent = 0
+        _set_own_threads(threads)
+
+
+def _set_own_threads(count: int) -> None:
+    """How many threads torch uses for the calling one.
+
+    Torch also makes this the number of all threads that are still to come, so another thread
+    sets that back to what it was.
+    """
+    common: list[int] = []
+    _in_another_thread(lambda: common.append(torch.get_num_threads()))
+    torch.set_num_threads(count)
+    _in_another_thread(lambda: torch.set_num_threads(common[0]))
+
+
+def _in_another_thread(call: Callable[[], None]) -> None:
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
 
 
 def _compiler() -> str | None:
@@ -242,6 +324,19 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
             "mtad_move",
             None,
             (ctypes.POINTER(Model), ctypes.POINTER(Cache), _Pointer, integer, integer),
+        ),
+        (
+            "mtad_draft",
+            integer,
+            (_Pointer, ctypes.POINTER(Draft), ctypes.POINTER(Cache), ctypes.POINTER(Step)),
+        ),
+        ("mtad_read", integer, (_Pointer, ctypes.POINTER(Draft), _Pointer, _Pointer, integer)),
+        ("mtad_best", None, (_Pointer, ctypes.POINTER(Rows))),
+        ("mtad_log_sums", None, (_Pointer, ctypes.POINTER(Rows))),
+        (
+            "mtad_longest_match",
+            None,
+            (_Pointer, integer, _Pointer, integer, integer, _Pointer, _Pointer),
         ),
         ("mtad_kernels", ctypes.c_char_p, ()),
     ):

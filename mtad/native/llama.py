@@ -12,6 +12,7 @@ from mtad.eager import Output
 from mtad.errors import PairError
 from mtad.native.model import LayerWeights, NativeModel
 from mtad.native.packing import LANES, fits
+from mtad.native.rows import NATIVE_SEARCH
 
 
 class NativeLlama:
@@ -93,7 +94,7 @@ class NativePasses:
         states = self._llama.embed(token_ids)
         rows = self._cache.forward(states, positions, length, nodes + count, visible, layers=layers)
         assert rows.logits is not None
-        return Output(rows.logits, rows.tapped)
+        return Output(rows.logits, rows.tapped, NATIVE_SEARCH)
 
     def crop(self, length: int) -> None:
         """See `Passes.crop`."""

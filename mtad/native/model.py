@@ -151,7 +151,7 @@ class NativeCache:
         self.texts = texts
         self._slots = 0
         self._keys = self._values = torch.empty(0)
-        self._reserve(slots, 0)
+        self.reserve(slots, 0)
 
     def forward(
         self,
@@ -179,7 +179,7 @@ class NativeCache:
             logits: whether to multiply with the head.
             skipped: so many of the first rows get no logits.
         """
-        self._reserve(prefix + nodes, prefix + nodes - (1 if self.texts > 1 else states.shape[0]))
+        self.reserve(prefix + nodes, prefix + nodes - (1 if self.texts > 1 else states.shape[0]))
         model, rows = self.model, states.shape[0]
         place = positions.to(torch.int32).contiguous()
         mask = None if visible is None else visible.to(torch.uint8).contiguous()
@@ -190,7 +190,7 @@ class NativeCache:
         failed = threads.library.mtad_forward(
             threads.pointer,
             ctypes.byref(model.struct),
-            ctypes.byref(self._struct),
+            ctypes.byref(self.struct),
             ctypes.byref(
                 library.Pass(
                     rows,
@@ -216,14 +216,14 @@ class NativeCache:
         index = slots.to(torch.int32).contiguous()
         library.context().library.mtad_move(
             ctypes.byref(self.model.struct),
-            ctypes.byref(self._struct),
+            ctypes.byref(self.struct),
             index.data_ptr(),
             index.shape[0],
             start,
         )
 
-    def _reserve(self, slots: int, used: int) -> None:
-        """Makes room for `slots`, keeping the first `used`."""
+    def reserve(self, slots: int, used: int) -> None:
+        """Makes room for `slots`, keeping the first `used`; `struct` changes with that."""
         if slots <= self._slots:
             return
         # Twice as many each time: a text grows token by token.
@@ -238,4 +238,4 @@ class NativeCache:
             keys[:, :, :blocks] = self._keys[:, :, :blocks]
             values[:, :, :used] = self._values[:, :, :used]
         self._keys, self._values, self._slots = keys, values, size
-        self._struct = library.Cache(keys.data_ptr(), values.data_ptr(), size, self.texts)
+        self.struct = library.Cache(keys.data_ptr(), values.data_ptr(), size, self.texts)

@@ -1,0 +1,181 @@
+"""Raw next-token logits, and what several rules ask of the same rows, found once.
+
+A wide row is read as seldom as possible: with top-k 10, all that the rules, the trace and the
+perplexity need of 49,152 logits are the ten largest and the logarithm of the sum.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Search(Protocol):
+    """How an engine reads wide rows. Both work in float32 and leave NaN visible."""
+
+    def best(self, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """[rows, K] → the largest `count`, descending, and their columns, [rows, count] each.
+
+        A NaN counts as the largest.
+        """
+
+    def log_sums(self, values: Tensor) -> Tensor:
+        """[rows, K] → [rows] log Σ exp."""
+
+
+class TorchSearch:
+    """See `Search`; on any device."""
+
+    def best(self, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """See `Search.best`."""
+        found = values.float().topk(count, dim=-1)
+        return found.values, found.indices
+
+    def log_sums(self, values: Tensor) -> Tensor:
+        """See `Search.log_sums`."""
+        return values.float().logsumexp(-1)
+
+
+TORCH_SEARCH = TorchSearch()
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of narrow logits stand for.
+
+    Attributes:
+        token_ids: [K + 1] the tokens of the K columns, and one that has no column.
+        places: [V] the column of each token; K for those that have none.
+    """
+
+    token_ids: Tensor
+    places: Tensor
+
+    @staticmethod
+    def of(token_ids: Tensor, vocab_size: int) -> Columns | None:
+        """Of [K] ascending tokens; None if they are the whole vocabulary."""
+        count = token_ids.shape[0]
+        if count == vocab_size:
+            return None
+        places = token_ids.new_full((vocab_size,), count)
+        places[token_ids] = torch.arange(count, device=token_ids.device)
+        absent = (places == count).int().argmax().view(1)
+        return Columns(torch.cat([token_ids, absent]), places)
+
+    @property
+    def count(self) -> int:
+        """K."""
+        return self.token_ids.shape[0] - 1
+
+
+class Logits:
+    """Rows of raw logits over the vocabulary, or over fewer tokens with −∞ for the rest.
+
+    Attributes:
+        values: [..., K] in the model's dtype; [rows, K + 1] with `extra`.
+        columns: what they stand for; None if column i is token i.
+        vocab_size: V.
+        extra: [rows] the token of each row's last column, another one than those of `columns`;
+            None if there is no such column.
+        search: how the rows are read.
+    """
+
+    def __init__(
+        self,
+        values: Tensor,
+        columns: Columns | None = None,
+        *,
+        extra: Tensor | None = None,
+        search: Search = TORCH_SEARCH,
+    ) -> None:
+        self.values = values
+        self.columns = columns
+        self.extra = extra
+        self.vocab_size = values.shape[-1] if columns is None else columns.places.shape[0]
+        self.search = search
+        self._best: tuple[Tensor, Tensor] | None = None
+        self._log_sums: Tensor | None = None
+
+    @staticmethod
+    def of(logits: Tensor | Logits) -> Logits:
+        """Wraps a tensor [..., V]."""
+        return logits if isinstance(logits, Logits) else Logits(logits)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[..., V], as if they were dense."""
+        return (*self.values.shape[:-1], self.vocab_size)
+
+    def cut(self, vocab_size: int) -> Logits:
+        """The rows over the first tokens only."""
+        if vocab_size == self.vocab_size:
+            return self
+        return Logits(self.dense()[..., :vocab_size], search=self.search)
+
+    def __getitem__(self, index: int | slice) -> Logits:
+        """Some of the rows."""
+        extra = None if self.extra is None else self.extra[index]
+        return Logits(self.values[index], self.columns, extra=extra, search=self.search)
+
+    def best(self, count: int) -> tuple[Tensor, Tensor]:
+        """The largest `count` logits in float32, descending, and their tokens: [..., count]."""
+        if self._best is None or self._best[0].shape[-1] < count:
+            values, places = self.search.best(self._rows(), count)
+            shape = (*self.values.shape[:-1], count)
+            self._best = values.view(shape), self.tokens_at(places.view(shape))
+        values, tokens = self._best
+        return values[..., :count], tokens[..., :count]
+
+    def log_sums(self) -> Tensor:
+        """[...] log Σ exp of each row, float32: what a logit is above it is log p."""
+        if self._log_sums is None:
+            self._log_sums = self.search.log_sums(self._rows()).view(self.values.shape[:-1])
+        return self._log_sums
+
+    def tokens_at(self, places: Tensor) -> Tensor:
+        """[..., n] columns → their tokens."""
+        if self.columns is None:
+            return places
+        tokens = self.columns.token_ids[places]
+        if self.extra is None:
+            return tokens
+        return torch.where(places == self.columns.count, self.extra.unsqueeze(-1), tokens)
+
+    def tokens(self) -> Tensor:
+        """[..., K] the token of every column."""
+        places = torch.arange(self.values.shape[-1], device=self.values.device)
+        return self.tokens_at(places.expand(self.values.shape))
+
+    def dense(self) -> Tensor:
+        """[..., V] logits of the whole vocabulary."""
+        if self.columns is None:
+            return self.values
+        return self.values.new_full(self.shape, -torch.inf).scatter(-1, self.tokens(), self.values)
+
+    def mixed(self, tokens: Tensor, log_odds: Tensor) -> Logits:
+        """The rows of (1 − share) · softmax + share · one token each, in float32.
+
+        Up to a constant that is one logit a row: its mass grows by Σ exp · share / (1 − share).
+
+        Args:
+            tokens: [rows]; not necessarily among the columns.
+            log_odds: [rows] log(share / (1 − share)); −∞ leaves a row as it is.
+        """
+        values, places, extra = self.values.float(), tokens, None
+        if self.columns is None:
+            values = values.clone()
+        else:
+            nothing = values.new_full((values.shape[0], 1), -torch.inf)
+            values = torch.cat([values, nothing], -1)
+            places = self.columns.places[tokens]
+            extra = torch.where(places == self.columns.count, tokens, self.columns.token_ids[-1])
+        places = places.unsqueeze(-1)
+        grown = (self.log_sums() + log_odds).unsqueeze(-1)
+        values.scatter_(-1, places, torch.logaddexp(values.gather(-1, places), grown))
+        return Logits(values, self.columns, extra=extra, search=self.search)
+
+    def _rows(self) -> Tensor:
+        return self.values.reshape(-1, self.values.shape[-1])

@@ -1,0 +1,170 @@
+"""Walks a `NativeDraft` along a tree of tokens, a call of the kernels each step.
+
+What `mtad.hidden_drafter` does on any device; here the books lie where the kernels read them, and
+every number that says how far something has got is the host's own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from mtad.errors import PairError
+from mtad.logits import Columns, Logits
+from mtad.native import library
+from mtad.native.draft import NativeDraft
+from mtad.native.rows import NATIVE_SEARCH
+
+_CHUNK_TOKENS = 512
+
+
+class NativeDrafter:
+    """See `mtad.draft.Drafter` and `mtad.hidden_drafter.HiddenDrafter`.
+
+    The draft's cache holds a prefix of the text. Below it stand entries: the committed tokens that
+    are not yet in it, a chain, then the nodes. An entry has a token, the entry above it (−1 for
+    the prefix), and the state that tokens right below it are read with: the target's where the
+    target has been, else the draft's own.
+    """
+
+    def __init__(self, native: NativeDraft, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.target_layers = native.draft.config.target_layers
+        self._native = native
+        self._width = native.model.width
+        self._proposed = int(native.draft.token_ids.shape[0])
+        self._columns = Columns.of(native.draft.token_ids, vocab_size)
+
+    def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
+        """Reads [n] tokens, each with the target's state [n, F·H] of the token before it."""
+        count = token_ids.shape[0]
+        self._cache = self._native.model.cache()
+        self._cached = 0
+        # The first token of a text has none before it and is not read, except below an empty
+        # prefix: then with zeros.
+        self._position = min(count, 1)  # in the text, of an entry right below the prefix
+        self._tokens = self._parents = torch.empty(0, dtype=torch.int64)
+        self._given = torch.empty(0, self._width)  # of the prefix, then of each entry
+        self._states = torch.zeros(1, self._width)  # the target's, from the prefix on
+        self._begin(token_ids[:0])
+        if count:
+            self._states = self._states[:0]
+            self._take(target_hidden)
+        for start in range(1, count, _CHUNK_TOKENS):
+            self._begin(token_ids[start : start + _CHUNK_TOKENS])
+            self._read(token_ids[:0], None)
+            self._drop(self._unread)
+            self._begin(token_ids[:0])
+
+    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Logits:
+        """See `Drafter.next_logits`."""
+        if parents is not None:
+            logits = self._read(token_ids, parents + self._unread)
+        else:
+            # A chain is read at once as far as the target's states reach, then one by one.
+            known = 0 if self._entries else self._states.shape[0] - self._unread
+            parts = [token_ids[:known], *token_ids[known:].unsqueeze(1)]
+            found = [self._read(part, None) for part in parts if part.shape[0]]
+            logits = found[0] if len(found) == 1 else torch.cat(found)
+        return Logits(logits[:, : self._proposed], self._columns, search=NATIVE_SEARCH)
+
+    def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
+        """See `Drafter.keep`."""
+        self._take(target_hidden)
+        unread = self._unread
+        nodes = self._tokens[unread : max(unread, self._entries)]
+        nodes = nodes[:path] if isinstance(path, int) else nodes[path]
+        waiting = self._tokens[:unread]
+        if self._entries:
+            # What was read with the target's states stays; the rest of the path is read again.
+            stay = min(nodes.shape[0], self._exact)
+            self._drop(unread + stay)
+            nodes, waiting = nodes[stay:], waiting[:0]
+        self._begin(torch.cat([waiting, nodes]))
+
+    def _take(self, target_hidden: Tensor | None) -> None:
+        if target_hidden is None:
+            raise PairError(
+                "This draft reads the target's hidden states, and was given none. Hand the states"
+                " of its target_layers to prefill and keep."
+            )
+        starts = range(0, target_hidden.shape[0], _CHUNK_TOKENS)
+        parts = (target_hidden[start : start + _CHUNK_TOKENS] for start in starts)
+        read = [self._native.read_target(part) for part in parts]
+        self._states = torch.cat([self._states, *read])
+
+    def _drop(self, count: int) -> None:
+        """The first entries become a part of the prefix: their slots stay as they are."""
+        self._cached += count
+        self._position += count
+        self._states = self._states[count:]
+
+    def _begin(self, unread: Tensor) -> None:
+        """No nodes, and [u] committed tokens to read."""
+        self._unread = unread.shape[0]
+        self._entries = 0  # that were read
+        self._exact = 0  # so many of the first nodes were read with the target's states
+        self._reserve(self._unread)
+        self._tokens[: self._unread] = unread
+        torch.arange(-1, self._unread - 1, out=self._parents[: self._unread])
+
+    def _read(self, token_ids: Tensor, parents: Tensor | None) -> Tensor:
+        """One pass over the unread tokens and n new nodes → logits [n, K'] after the nodes.
+
+        Args:
+            token_ids: [n].
+            parents: [n] entries; None for a chain below the last one.
+        """
+        count, old, known = token_ids.shape[0], self._entries, 0
+        start = old or self._unread
+        end = start + count
+        self._reserve(end)
+        self._tokens[start:end] = token_ids
+        if parents is None:
+            torch.arange(start - 1, end - 1, out=self._parents[start:end])
+        else:
+            self._parents[start:end] = parents
+        if not old:
+            self._exact = 0 if parents is not None else count
+            known = min(self._states.shape[0], 1 + self._unread + self._exact)
+            self._given[:known] = self._states[:known]
+        embedded = self._native.ends.embed(self._tokens[old:end]).float().contiguous()
+        logits = self._given.new_empty(count, self._native.model.head_rows)
+        self._cache.reserve(self._cached + end, self._cached + old)
+        threads = library.context()
+        failed = threads.library.mtad_draft(
+            threads.pointer,
+            ctypes.byref(self._native.struct),
+            ctypes.byref(self._cache.struct),
+            ctypes.byref(
+                library.Step(
+                    self._cached,
+                    old,
+                    end - old,
+                    self._position,
+                    embedded.data_ptr(),
+                    self._parents.data_ptr(),
+                    self._given.data_ptr(),
+                    known,
+                    start - old,
+                    logits.data_ptr() if count else None,
+                )
+            ),
+        )
+        if failed:
+            raise MemoryError(f"no memory for a step of {end - old:,} rows")
+        self._entries = end
+        return logits
+
+    def _reserve(self, entries: int) -> None:
+        """Makes room for so many entries."""
+        size = self._tokens.shape[0]
+        if entries < size:
+            return
+        size, old = 2 * entries + 64, size
+        tokens, parents, given = self._tokens, self._parents, self._given
+        self._tokens, self._parents = torch.empty(2, size, dtype=torch.int64)
+        self._given = torch.empty(size, self._width)
+        self._tokens[:old], self._parents[:old], self._given[:old] = tokens, parents, given

@@ -1,0 +1,83 @@
+"""Searches on the kernels: through wide rows of logits, and through a text."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from mtad.native import library
+
+
+class NativeSearch:
+    """See `mtad.logits.Search`; of equal logits the one in the first column comes first."""
+
+    def best(self, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """See `Search.best`."""
+        values = _readable(values)
+        rows = values.shape[0]
+        largest = values.new_empty(rows, count)
+        columns = torch.empty(rows, count, dtype=torch.int64)
+        threads = library.context()
+        threads.library.mtad_best(
+            threads.pointer,
+            ctypes.byref(
+                library.Rows(
+                    values.data_ptr(),
+                    values.stride(0),
+                    rows,
+                    values.shape[1],
+                    count,
+                    largest.data_ptr(),
+                    columns.data_ptr(),
+                )
+            ),
+        )
+        return largest, columns
+
+    def log_sums(self, values: Tensor) -> Tensor:
+        """See `Search.log_sums`."""
+        values = _readable(values)
+        rows = values.shape[0]
+        sums = values.new_empty(rows)
+        threads = library.context()
+        threads.library.mtad_log_sums(
+            threads.pointer,
+            ctypes.byref(
+                library.Rows(
+                    values.data_ptr(),
+                    values.stride(0),
+                    rows,
+                    values.shape[1],
+                    sums=sums.data_ptr(),
+                )
+            ),
+        )
+        return sums
+
+
+NATIVE_SEARCH = NativeSearch()
+
+
+def longest_match(text: Tensor, tails: Tensor) -> tuple[Tensor, Tensor]:
+    """See `mtad.copy_drafter.longest_match`."""
+    tails = tails.contiguous()
+    rows, size = tails.shape
+    lengths, tokens = torch.empty(2, rows, dtype=torch.int64)
+    library.load().mtad_longest_match(
+        text.data_ptr(),
+        text.shape[0],
+        tails.data_ptr(),
+        rows,
+        size,
+        lengths.data_ptr(),
+        tokens.data_ptr(),
+    )
+    return lengths, tokens
+
+
+def _readable(values: Tensor) -> Tensor:
+    """[rows, K] as the kernels read them: floats side by side."""
+    values = values.float()
+    return values if values.stride(1) == 1 else values.contiguous()
