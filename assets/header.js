@@ -1,5 +1,4 @@
 // The header: the pair, its device, and how far the loading is. Texts by textContent only.
-"use strict";
 
 const pair = element.querySelector(".mtad-pair");
 const device = element.querySelector(".mtad-device");

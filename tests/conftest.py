@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.browser import ARGUMENTS, CHROMIUM, Visit, server
 from tests.models import load_real_pair
 
 # Slow machines are no failures: the time limit of a test is pytest-timeout's.
@@ -31,3 +32,62 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
 def smollm2() -> Any:
     """The real embedded pair, fetched on first use."""
     return load_real_pair()
+
+
+# ------------------------------------------------------------------ the page in a browser
+
+
+@pytest.fixture(scope="session")
+def app() -> Iterator[str]:
+    """The address of `app.py`, served with the real pair."""
+    with server("app.py") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def hostile() -> Iterator[str]:
+    with server("-m", "tests.browser", "hostile") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def lossy() -> Iterator[str]:
+    with server("-m", "tests.browser", "lossy") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def long() -> Iterator[str]:
+    with server("-m", "tests.browser", "long") as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if not CHROMIUM:
+        pytest.skip("no chromium; name one in $CHROMIUM")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(chromium: Any) -> Iterator[Any]:
+    """Opens pages; at the end of the test nothing forbidden has happened on any of them."""
+    visits: list[Visit] = []
+    contexts: list[Any] = []
+
+    def open_page(address: str, *, width: int = 1280, scheme: str = "light") -> Visit:
+        context = chromium.new_context(
+            viewport={"width": width, "height": 900}, color_scheme=scheme, accept_downloads=True
+        )
+        contexts.append(context)
+        visits.append(Visit(context.new_page(), address))
+        return visits[-1]
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [problem for each in visits for problem in each.problems] == []

@@ -5,22 +5,10 @@
 // only; nothing here parses HTML. A message holds the steps that follow those already here; if
 // some are missing (messages are merged while the tab is in the background), `server.resync` is
 // asked for the rest.
-"use strict";
 
 const KINDS = { a: "accepted", b: "bonus", c: "corrected", s: "sampled" };
 const ARROWS = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
 const root = element.querySelector(".mtad-board");
-
-function make(tag, className, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
-
-function setText(node, text) {
-  if (node.textContent !== text) node.textContent = text;
-}
 
 // ---------------------------------------------------------------- frame around the lanes
 const error = make("div", "mtad-error");
@@ -296,12 +284,6 @@ class Lane {
   }
 }
 
-function fillList(list, texts) {
-  const same = texts.length === list.children.length &&
-    texts.every((text, index) => list.children[index].textContent === text);
-  if (!same) list.replaceChildren(...texts.map((text) => make("li", "", text)));
-}
-
 // ---------------------------------------------------------------- results
 function showTable(table) {
   if (!table) {
@@ -361,11 +343,7 @@ async function download(method) {
     setText(error, "The server no longer keeps this run. Run it again to download its trace.");
     return;
   }
-  const link = make("a");
-  link.href = URL.createObjectURL(new Blob([answer], { type: "application/json" }));
-  link.download = "mtad-" + (method || "comparison") + "-" + run.slice(0, 8) + ".json";
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  saveFile("mtad-" + (method || "comparison") + "-" + run.slice(0, 8) + ".json", answer, "application/json");
 }
 
 // ---------------------------------------------------------------- messages

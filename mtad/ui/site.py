@@ -1,0 +1,56 @@
+"""What the tabs of the page share: models, runner, kept results, and how events are wired."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from mtad.shipped import ASSETS
+from mtad.trace import Step, Trace
+from mtad.ui.comparison import Comparisons, PairSource, Stream
+from mtad.ui.loading import PairLoader
+from mtad.ui.shelf import Shelf
+
+# Names the one slot that every event that touches a model shares.
+MODEL_SLOT = "model"
+# For events that work behind the page: gradio shows no spinner and offers no endpoint.
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+
+def library_stream(*args: Any, **kwargs: Any) -> Iterator[Step | Trace]:
+    """`mtad.runner.stream`, imported when it is first needed: the page opens without torch."""
+    from mtad.runner import stream
+
+    return stream(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One served page; all its visitors share it.
+
+    Attributes:
+        source: of the pair.
+        stream: what runs a method; has the signature of `mtad.runner.stream`.
+        comparisons: the last comparisons of all visitors.
+        shelf: finished traces of all visitors, for the tabs that look at them again.
+    """
+
+    source: PairSource = field(default_factory=PairLoader)
+    stream: Stream = library_stream
+    comparisons: Comparisons = field(default_factory=Comparisons)
+    shelf: Shelf = field(default_factory=Shelf)
+
+
+def script(name: str) -> str:
+    """The `js_on_load` of a component: a script of assets behind the helpers that all share."""
+    return _asset("dom.js") + "\n" + _asset(name)
+
+
+def stylesheet() -> str:
+    """All style sheets of assets."""
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(ASSETS.glob("*.css")))
+
+
+def _asset(name: str) -> str:
+    return (ASSETS / name).read_text(encoding="utf-8")
