@@ -5,6 +5,9 @@
 // only; nothing here parses HTML. A message holds the steps that follow those already here; if
 // some are missing (messages are merged while the tab is in the background), `server.resync` is
 // asked for the rest.
+//
+// Scripts that stand behind this one may follow the board: `board.followers` are called with every
+// message that has been drawn. `board.top` and `board.under` are places for what they draw.
 
 const KINDS = { a: "accepted", b: "bonus", c: "corrected", s: "sampled" };
 const ARROWS = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 };
@@ -18,8 +21,11 @@ const notes = make("ul", "mtad-notes");
 const spoken = make("div", "mtad-hidden");
 spoken.setAttribute("role", "status");
 spoken.setAttribute("aria-live", "polite");
+const source = make("div", "mtad-source");
 const legend = makeLegend();
+const topBox = make("div", "mtad-top");
 const lanesBox = make("div", "mtad-lanes");
+const underBox = make("div", "mtad-under");
 const tableBox = make("div", "mtad-results");
 const hint = make(
   "p",
@@ -27,7 +33,9 @@ const hint = make(
   "Press Run: each method answers the same prompt with the same models, one after another. " +
     "You will see which words came for free from the small draft model, and what each answer cost."
 );
-root.replaceChildren(error, status, notes, legend, hint, lanesBox, tableBox, spoken);
+const bar = make("div", "mtad-bar");
+bar.append(legend, topBox);
+root.replaceChildren(error, status, source, bar, hint, lanesBox, notes, underBox, tableBox, spoken);
 
 function makeLegend() {
   const box = make("div", "mtad-legend");
@@ -42,16 +50,14 @@ function makeLegend() {
     item.append(make("span", "mtad-tok " + className, name));
     box.append(item);
   }
-  const rejected = make("span", "mtad-key");
-  rejected.title = "offered by the draft, refused by the target";
-  rejected.append(make("span", "mtad-x", "rejected"));
-  box.append(rejected);
-  const fold = make("label", "mtad-fold");
+  const fold = make("label", "mtad-key mtad-fold");
+  fold.title = "offered by the draft, refused by the target";
   const tick = make("input");
   tick.type = "checkbox";
   tick.checked = true;
+  tick.setAttribute("aria-label", "show rejected tokens");
   tick.addEventListener("change", () => root.classList.toggle("mtad-folded", !tick.checked));
-  fold.append(tick, make("span", "", "show rejected tokens"));
+  fold.append(tick, make("span", "mtad-x", "rejected"));
   box.append(fold);
   return box;
 }
@@ -66,8 +72,13 @@ class Lane {
     this.epoch = view.epoch;
     this.active = -1;
     this.id = "mtad-lane-" + index;
+    this.short = view.short;
+    this.state_text = view.state_text;
+    this.final = view.meters;
+    // How many blocks there are to see; a replay shows fewer than there are.
+    this.shown = Infinity;
 
-    this.box = make("section", "mtad-lane");
+    this.box = make("section", "mtad-lane mtad-series-" + index);
     const title = make("h3", "mtad-title", view.title);
     title.id = this.id + "-title";
     title.title = view.summary;
@@ -123,7 +134,8 @@ class Lane {
     });
     this.text.addEventListener("keydown", (event) => {
       if (event.altKey || event.ctrlKey || event.metaKey || !this.blocks.length) return;
-      const last = this.blocks.length - 1;
+      const last = Math.min(this.shown, this.blocks.length) - 1;
+      if (last < 0) return;
       let index;
       if (event.key === "Home") index = 0;
       else if (event.key === "End") index = last;
@@ -209,9 +221,11 @@ class Lane {
     if (view.from <= this.steps.length) this.append(view.steps.slice(this.steps.length - view.from));
     setText(this.provisional, view.provisional);
     this.box.dataset.state = view.state;
+    this.state_text = view.state_text;
     setText(this.state, view.state_text);
     setText(this.message, view.message);
     this.save.hidden = !view.trace;
+    this.final = view.meters;
     this.updateMeters(view.meters);
     return this.steps.length >= view.count;
   }
@@ -324,36 +338,111 @@ function showTable(table) {
   scroll.append(grid);
   const foot = make("div", "mtad-foot");
   const reason = make("span", "mtad-message", [...reasons].join(" · "));
+  const csv = make("button", "mtad-save", "Table (CSV)");
+  csv.type = "button";
+  csv.addEventListener("click", () => downloadTable());
   const save = make("button", "mtad-save", "All traces (JSON)");
   save.type = "button";
   save.addEventListener("click", () => download(""));
-  foot.append(reason, save);
+  foot.append(reason, csv, save);
   tableBox.replaceChildren(make("h3", "mtad-title", "Results"), scroll, foot);
+}
+
+async function ask(question, request) {
+  let answer;
+  try {
+    answer = await question(request);
+  } catch {
+    answer = null;
+  }
+  if (typeof answer === "string") return answer;
+  setText(error, "The server no longer keeps this run. Run it again to download it.");
+  return null;
 }
 
 async function download(method) {
   const run = board.run;
-  let answer;
+  const answer = await ask(server.traces, { run, method });
+  if (answer !== null) saveFile(fileName(run, method, "json"), answer, "application/json");
+}
+
+async function downloadTable() {
+  const run = board.run;
+  const answer = await ask(server.table, { run });
+  if (answer !== null) saveFile(fileName(run, "table", "csv"), answer, "text/csv");
+}
+
+function fileName(run, what, ending) {
+  const name = run.startsWith("recorded-") ? run : run.slice(0, 8);
+  return "mtad-" + (what || "comparison") + "-" + name + "." + ending;
+}
+
+// ---------------------------------------------------------------- where it was made
+const origin = make("span", "mtad-origin");
+const gallery = make("select", "mtad-gallery");
+gallery.setAttribute("aria-label", "Recorded comparisons");
+gallery.addEventListener("change", async () => {
+  const answer = gallery.value && (await ask(server.recording, gallery.value));
+  if (answer) read(answer);
+});
+
+async function fillGallery() {
+  let choices = [];
   try {
-    answer = await server.traces({ run, method });
+    choices = await server.recordings({});
   } catch {
-    answer = null;
+    // Without the list the recording that came with the page still stands.
   }
-  if (typeof answer !== "string") {
-    setText(error, "The server no longer keeps this run. Run it again to download its trace.");
-    return;
-  }
-  saveFile("mtad-" + (method || "comparison") + "-" + run.slice(0, 8) + ".json", answer, "application/json");
+  if (!Array.isArray(choices) || !choices.length) return;
+  const first = make("option", "", "Show a recorded comparison…");
+  first.value = "";
+  gallery.replaceChildren(
+    first,
+    ...choices.map(([id, label]) => {
+      const option = make("option", "", label);
+      option.value = id;
+      return option;
+    })
+  );
+  source.append(gallery);
+  choose();
+}
+
+// The choice says what is on show; while a run goes on nothing else can be shown.
+function choose() {
+  const name = board.recorded ? board.run.slice("recorded-".length) : "";
+  if (gallery.value !== name) gallery.value = name;
+  gallery.disabled = Boolean(board.run) && !board.over;
+}
+
+function showOrigin(message) {
+  const about = message.about;
+  origin.replaceChildren();
+  if (!about) return;
+  const add = (name, value) => {
+    const part = make("span", "mtad-origin-part", name + " ");
+    part.append(make("b", "", value));
+    origin.append(part);
+  };
+  if (message.recorded) origin.append(make("span", "mtad-recorded", "Recorded " + about.made));
+  add("on", about.machine);
+  add("with", about.models);
+  if (message.recorded) add("prompt:", about.prompt);
 }
 
 // ---------------------------------------------------------------- messages
-const board = { run: null, tick: 0, lanes: [], asking: false };
+const board = {
+  run: null, tick: 0, lanes: [], asking: false, recorded: false, over: false,
+  followers: [], last: null, top: topBox, under: underBox,
+};
+const say = (text) => setText(spoken, text);
 
 function receive(message) {
   setText(error, message.error || "");
-  if (message.say) setText(spoken, message.say);
+  if (message.say) say(message.say);
   if (message.run === null) return;
-  if (message.run !== board.run) open(message);
+  const opened = message.run !== board.run;
+  if (opened) open(message);
   // An answer to a resync may come after a newer message: its steps count, its state does not.
   const stale = message.tick < board.tick;
   let whole = true;
@@ -369,8 +458,17 @@ function receive(message) {
   board.tick = message.tick;
   setText(status, message.status);
   fillList(notes, message.notes);
-  root.classList.toggle("mtad-over", message.over);
+  board.recorded = message.recorded;
+  board.over = message.over;
+  // A recorded comparison is no run of this page that is over.
+  root.classList.toggle("mtad-over", message.over && !message.recorded);
+  showOrigin(message);
+  choose();
   showTable(message.table);
+  board.last = message;
+  // What has been recorded is read from its beginning.
+  if (message.recorded && opened) for (const lane of board.lanes) lane.text.scrollTop = 0;
+  for (const follow of board.followers) follow(message);
   if (!whole) resync();
 }
 
@@ -379,7 +477,7 @@ function open(message) {
   board.tick = 0;
   board.lanes = message.lanes.map((view, index) => new Lane(view, index));
   lanesBox.replaceChildren(...board.lanes.map((lane) => lane.box));
-  setText(spoken, message.say);
+  say(message.say);
   hint.hidden = true;
   legend.classList.add("mtad-shown");
 }
@@ -402,5 +500,9 @@ function read(text) {
   if (typeof text === "string" && text) receive(JSON.parse(text));
 }
 
+source.append(origin);
 watch("value", () => read(props.value));
 read(props.value);
+// Not every page that shows lanes has recordings.
+if (server.recordings) fillGallery();
+root.classList.add("mtad-ready");

@@ -32,6 +32,7 @@ from mtad.lm import CachedLM, Recorder, clock_for
 from mtad.metrics import summarize
 from mtad.native import library
 from mtad.pairs import EAGER, ModelPair, as_drafter
+from mtad.processor import cpu_name
 from mtad.recording import Scribe, Timing, meter_for, synchronize
 from mtad.text import encode_prompt
 from mtad.trace import Decision, Step, StopReason, Trace
@@ -350,7 +351,7 @@ def _versions(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:
-        hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
+        hardware = f"{cpu_name() or platform.machine()}, {torch.get_num_threads()} threads"
     return {
         "mtad": __version__,
         "python": platform.python_version(),

@@ -19,22 +19,38 @@ from typing import Any
 from mtad.catalogue import MethodInfo
 from mtad.config import DecodeConfig
 from mtad.trace import Step, Trace
-from mtad.ui.lanes import Lane, no_perplexity
-from mtad.ui.steps import DASH, number
-
-BASELINES = ("speculative", "autoregressive")
+from mtad.ui.about import about
+from mtad.ui.lanes import Lane
+from mtad.ui.results import power, results_table
 
 
 class Board:
     """Lanes, status line and results table of one comparison.
 
-    Attributes:
+    Args:
         run_id: names the comparison towards the browser.
+        methods: one lane each, in the order in which they run.
+        config: parameters of the runs.
+        prompt: what was asked; "" if only the traces know it.
+        recorded: True if the runs were made long ago and perhaps on another machine.
+
+    Attributes:
+        run_id: as given.
         lanes: one a method, in the order in which they run.
     """
 
-    def __init__(self, run_id: str, methods: Sequence[MethodInfo], config: DecodeConfig) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        methods: Sequence[MethodInfo],
+        config: DecodeConfig,
+        prompt: str = "",
+        *,
+        recorded: bool = False,
+    ) -> None:
         self.run_id = run_id
+        self._prompt = prompt
+        self._recorded = recorded
         self.lanes = {info.id: Lane(info, config) for info in methods}
         self._lock = threading.Lock()
         self._tick = 0
@@ -92,6 +108,11 @@ class Board:
             self._status = status
             self._over = True
 
+    def hush(self) -> None:
+        """Nothing of what has happened is spoken: nobody was there to hear it."""
+        with self._lock:
+            self._spoken = ""
+
     def message(self, have: Mapping[str, tuple[int, int]] | None = None) -> dict[str, Any]:
         """What a reader needs who has `have` (epoch and steps by method; None: nothing)."""
         have = have or {}
@@ -102,16 +123,21 @@ class Board:
                 epoch, count = have.get(name, (lane.epoch, 0))
                 start = count if epoch == lane.epoch and 0 <= count <= len(lane.steps) else 0
                 lanes.append(lane.view(start))
+            traces = [lane.trace for lane in self.lanes.values() if lane.trace is not None]
             return {
                 "run": self.run_id,
+                "recorded": self._recorded,
                 "tick": self._tick,
                 "status": self._status,
                 "error": self._error,
                 "say": self._spoken,
                 "notes": self._all_notes(),
                 "over": self._over,
+                "about": about(traces, self._prompt) if traces else None,
                 "lanes": lanes,
                 "table": results_table(list(self.lanes.values())) if self._over else None,
+                # By method, for the chart of watts; sent once, since no point of it will change.
+                "power": {trace.method: power(trace) for trace in traces} if self._over else {},
             }
 
     def _all_notes(self) -> list[str]:
@@ -139,69 +165,3 @@ def error_message(message: str) -> str:
 def encode(message: Mapping[str, Any]) -> str:
     """JSON for the token view. `<` is escaped, so that no layer can take a token for a tag."""
     return json.dumps(message, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-
-
-def results_table(lanes: Sequence[Lane]) -> dict[str, Any] | None:
-    """Figures of the finished runs with ratios to the baselines; None if nothing finished.
-
-    A cell is [text, reason]; the reason is "" where there is a figure.
-    """
-    finished = [lane for lane in lanes if lane.trace is not None and lane.trace.summary.tokens]
-    if not finished:
-        return None
-    rates = {lane.info.id: lane.trace.summary.tokens_per_second for lane in finished if lane.trace}
-    rows = []
-    for lane in finished:
-        assert lane.trace is not None
-        summary, energy = lane.trace.summary, lane.trace.energy
-        per_token = summary.joules_per_token
-        sign = "≈ " if energy.estimated else ""
-        cells = [
-            [f"{summary.tokens:,}", ""],
-            [number(summary.tokens_per_second, 1), "too short to measure"],
-            *[_ratio(summary.tokens_per_second, rates, baseline) for baseline in BASELINES],
-            [number(summary.block_efficiency), "no target pass"],
-            [
-                f"{100 * summary.acceptance_rate:.0f} %"
-                if summary.acceptance_rate is not None
-                else DASH,
-                "nothing offered" if lane.info.uses_draft else "no draft",
-            ],
-            [f"{summary.target_passes:,}", ""],
-            [number(summary.perplexity), no_perplexity(summary.tokens)],
-            [
-                sign + number(per_token) if per_token is not None else DASH,
-                energy.reason or "not measured",
-            ],
-        ]
-        rows.append(
-            {
-                "title": lane.info.title,
-                "stopped": lane.state != "done",
-                "cells": [[text, why if text == DASH else ""] for text, why in cells],
-            }
-        )
-    return {
-        "columns": [
-            "method",
-            "tokens",
-            "tokens/s",
-            "speed vs speculative",
-            "speed vs single-token",
-            "tokens per pass",
-            "accepted",
-            "target passes",
-            "perplexity",
-            "J per token",
-        ],
-        "rows": rows,
-    }
-
-
-def _ratio(rate: float | None, rates: Mapping[str, float | None], baseline: str) -> list[str]:
-    if baseline not in rates:
-        return [DASH, "not in this comparison"]
-    reference = rates[baseline]
-    if rate is None or not reference:
-        return [DASH, "too short to measure"]
-    return [f"{rate / reference:.2f}×", ""]

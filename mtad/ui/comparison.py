@@ -105,7 +105,7 @@ class Comparison:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.run_id = secrets.token_hex(16)
-        self.board = Board(self.run_id, request.methods, request.config)
+        self.board = Board(self.run_id, request.methods, request.config, request.prompt)
         self.cancel = threading.Event()
         self.started = False
 

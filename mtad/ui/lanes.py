@@ -2,7 +2,8 @@
 
 Pure: takes Steps and at last a Trace, gives JSON-able dictionaries. Knows no model, no
 browser, no thread and no gradio. While a run goes on the figures come from the Steps; when it
-has ended they come from the Trace's Summary and nowhere else.
+has ended they come from the Trace's Summary and nowhere else. Every step carries the figures of
+its moment, so that a replay shows what was shown when it happened.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from typing import Any, Literal
 from mtad.catalogue import MethodInfo
 from mtad.config import DecodeConfig
 from mtad.trace import EnergyReading, Step, Trace
+from mtad.ui.names import short_name
 from mtad.ui.steps import DASH, columns, number, step_view
 
 LaneState = Literal["waiting", "running", "done", "stopped", "failed"]
 NOW_WINDOW_SECONDS = 2.0
+WAITS = "waits: the methods run one after another"
 
 _STATE_TEXTS: dict[LaneState, str] = {
     "waiting": "waiting",
@@ -33,6 +36,62 @@ _STOP_TEXTS = {
     "cancelled": "stopped by you",
     "deadline": "reached the time limit",
 }
+
+
+class Tally:
+    """The figures of a run up to a step.
+
+    Attributes:
+        tokens: emitted tokens.
+        seconds: since decoding began.
+    """
+
+    def __init__(self, info: MethodInfo) -> None:
+        self._info = info
+        self.tokens = 0
+        self.seconds = 0.0
+        self._passes = 0
+        self._accepted = 0
+        self._offered = 0
+        self._joules: float | None = None
+        self._recent: deque[tuple[float, int]] = deque([(0.0, 0)])
+
+    def add(self, step: Step) -> None:
+        """Counts a finished step."""
+        decision = step.decision
+        self.tokens += len(decision.emitted)
+        self._passes += decision.target_passes
+        self._accepted += decision.accepted_length
+        self._offered += decision.tree.depth
+        self.seconds = step.seconds
+        self._joules = step.joules
+        self._recent.append((step.seconds, self.tokens))
+        while len(self._recent) > 2 and self._recent[1][0] <= step.seconds - NOW_WINDOW_SECONDS:
+            self._recent.popleft()
+
+    def figures(self) -> list[list[str]]:
+        """[value, second line] of the meters that are known while a run goes on, in order."""
+        rate = self.tokens / self.seconds if self.seconds > 0 else None
+        block = self.tokens / self._passes if self._passes else None
+        joules = self._joules
+        known = joules is not None and self.tokens > 0
+        return [
+            [number(rate, 1), f"now {number(self._rate_now(), 1)}"],
+            [number(block), ""],
+            list(
+                _acceptance(self._info, self._accepted / self._offered if self._offered else None)
+            ),
+            [f"{self._passes:,}", f"{self.tokens:,} tokens"],
+            [
+                number(joules / self.tokens) if joules is not None and known else DASH,
+                f"{number(joules, 1)} J" if known else "known at the end",
+            ],
+        ]
+
+    def _rate_now(self) -> float | None:
+        first, last = self._recent[0], self._recent[-1]
+        span = last[0] - first[0]
+        return (last[1] - first[1]) / span if span > 0 else None
 
 
 class Lane:
@@ -55,13 +114,7 @@ class Lane:
         self.trace: Trace | None = None
         self._provisional = ""
         self._message = ""
-        self._tokens = 0
-        self._passes = 0
-        self._accepted = 0
-        self._offered = 0
-        self._seconds = 0.0
-        self._joules: float | None = None
-        self._recent: deque[tuple[float, int]] = deque([(0.0, 0)])
+        self._tally = Tally(info)
 
     def start(self, message: str = "") -> None:
         """The run has begun; `message` says what it is busy with before its first step."""
@@ -75,26 +128,18 @@ class Lane:
         decision = step.decision
         if decision.provisional:
             self._provisional = step.text
-            self._seconds = step.seconds
+            self._tally.seconds = step.seconds
             return
         self._provisional = ""
-        self.steps.append(step_view(step, self.info, self.config))
-        self._tokens += len(decision.emitted)
-        self._passes += decision.target_passes
-        self._accepted += decision.accepted_length
-        self._offered += decision.tree.depth
-        self._seconds = step.seconds
-        self._joules = step.joules
-        self._recent.append((step.seconds, self._tokens))
-        while len(self._recent) > 2 and self._recent[1][0] <= step.seconds - NOW_WINDOW_SECONDS:
-            self._recent.popleft()
+        self.steps.append(_moment(step, self.info, self.config, self._tally))
 
     def finish(self, trace: Trace) -> None:
         """The run has ended. The trace is the truth: differing steps are replaced by its own."""
         self.trace = trace
         self.config = trace.config
         self._provisional = ""
-        steps = [step_view(step, self.info, trace.config) for step in trace.steps]
+        tally = Tally(self.info)
+        steps = [_moment(step, self.info, trace.config, tally) for step in trace.steps]
         if steps != self.steps:
             self.steps = steps
             self.epoch += 1
@@ -117,6 +162,7 @@ class Lane:
         return {
             "method": self.info.id,
             "title": self.info.title,
+            "short": short_name(self.info.id),
             "summary": self.info.summary,
             "lossless": self.info.lossless,
             "columns": list(columns(self.info.id)),
@@ -128,7 +174,7 @@ class Lane:
             **self.header(),
             "state": self.state,
             "state_text": _STATE_TEXTS[self.state],
-            "message": self._message,
+            "message": self._message or (WAITS if self.state == "waiting" else ""),
             "epoch": self.epoch,
             "from": start,
             "count": len(self.steps),
@@ -160,7 +206,7 @@ class Lane:
 
     def meters(self) -> list[dict[str, str]]:
         """The figures above the text: id, label, value, a second line, and why there is none."""
-        if self.state == "waiting" or (self.trace is None and not self._tokens):
+        if self.state == "waiting" or (self.trace is None and not self._tally.tokens):
             return self._empty_meters()
         return self._final_meters(self.trace) if self.trace else self._live_meters()
 
@@ -176,22 +222,11 @@ class Lane:
         return meters
 
     def _live_meters(self) -> list[dict[str, str]]:
-        rate = self._tokens / self._seconds if self._seconds > 0 else None
-        block = self._tokens / self._passes if self._passes else None
-        joules = self._joules
-        return [
-            _meter("rate", "tokens/s", number(rate, 1), f"now {number(self._rate_now(), 1)}"),
-            _meter("block", "tokens per pass", number(block)),
-            self._acceptance(self._accepted / self._offered if self._offered else None),
-            _meter("passes", "target passes", f"{self._passes:,}", f"{self._tokens:,} tokens"),
-            _meter(
-                "energy",
-                "J per token",
-                number(joules / self._tokens) if joules is not None else DASH,
-                f"{number(joules, 1)} J" if joules is not None else "known at the end",
-            ),
-            _meter("perplexity", "perplexity", DASH, "known at the end"),
-        ]
+        meters = self._empty_meters()
+        for meter, (value, note) in zip(meters, self._tally.figures(), strict=False):
+            meter.update(value=value, note=note, title=note)
+        meters[-1].update(note="known at the end", title="known at the end")
+        return meters
 
     def _final_meters(self, trace: Trace) -> list[dict[str, str]]:
         summary = trace.summary
@@ -210,7 +245,7 @@ class Lane:
                 number(summary.block_efficiency),
                 "" if summary.block_efficiency is not None else "no target pass",
             ),
-            self._acceptance(summary.acceptance_rate),
+            _meter("acceptance", "accepted", *_acceptance(self.info, summary.acceptance_rate)),
             _meter(
                 "passes",
                 "target passes",
@@ -226,16 +261,22 @@ class Lane:
             ),
         ]
 
-    def _acceptance(self, rate: float | None) -> dict[str, str]:
-        if rate is not None:
-            return _meter("acceptance", "accepted", f"{100 * rate:.0f} %", "of offered depth")
-        why = "nothing offered" if self.info.uses_draft else "no draft"
-        return _meter("acceptance", "accepted", DASH, why)
 
-    def _rate_now(self) -> float | None:
-        first, last = self._recent[0], self._recent[-1]
-        span = last[0] - first[0]
-        return (last[1] - first[1]) / span if span > 0 else None
+def _moment(step: Step, info: MethodInfo, config: DecodeConfig, tally: Tally) -> dict[str, Any]:
+    """A step's view with `s`, the seconds at its end, and `m`, the meters then."""
+    tally.add(step)
+    return {
+        **step_view(step, info, config),
+        "s": round(step.seconds, 5),
+        "m": tally.figures(),
+    }
+
+
+def _acceptance(info: MethodInfo, rate: float | None) -> tuple[str, str]:
+    """Value and second line of the meter."""
+    if rate is not None:
+        return f"{100 * rate:.0f} %", "of offered depth"
+    return DASH, "nothing offered" if info.uses_draft else "no draft"
 
 
 def no_perplexity(tokens: int) -> str:

@@ -62,7 +62,7 @@ def build(source: PairSource | None = None, stream: Stream = library_stream) -> 
         visit = gr.State("")
         page.load(new_visit, outputs=visit, queue=False, **QUIET)
         with gr.Tab("Compare"):
-            compare_tab(site, visit)
+            compare_tab(site, visit, page)
         for event in (page.load, clock.tick):
             event(
                 functools.partial(_tick, site.source),

@@ -10,6 +10,7 @@ from mtad.shipped import ASSETS
 from mtad.trace import Step, Trace
 from mtad.ui.comparison import Comparisons, PairSource, Stream
 from mtad.ui.loading import PairLoader
+from mtad.ui.recordings import Gallery
 from mtad.ui.shelf import Shelf
 
 # Names the one slot that every event that touches a model shares.
@@ -34,17 +35,19 @@ class Site:
         stream: what runs a method; has the signature of `mtad.runner.stream`.
         comparisons: the last comparisons of all visitors.
         shelf: finished traces of all visitors, for the tabs that look at them again.
+        gallery: the recorded comparisons that ship with the code.
     """
 
     source: PairSource = field(default_factory=PairLoader)
     stream: Stream = library_stream
     comparisons: Comparisons = field(default_factory=Comparisons)
     shelf: Shelf = field(default_factory=Shelf)
+    gallery: Gallery = field(default_factory=Gallery)
 
 
-def script(name: str) -> str:
-    """The `js_on_load` of a component: a script of assets behind the helpers that all share."""
-    return _asset("dom.js") + "\n" + _asset(name)
+def script(*names: str) -> str:
+    """The `js_on_load` of a component: scripts of assets behind the helpers that all share."""
+    return "\n".join(_asset(name) for name in ("dom.js", *names))
 
 
 def stylesheet() -> str:
