@@ -7,7 +7,7 @@ step: the target searches for the best block y, the draft says what it thinks of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -60,7 +60,9 @@ def certify(
 
 
 @torch.inference_mode()
-def measure(pair: ModelPair, trace: Trace, index: int) -> Bound:
+def measure(
+    pair: ModelPair, trace: Trace, index: int, *, check: Callable[[], None] = lambda: None
+) -> Bound:
     """The bound and the true gap of one step of a trace.
 
     The caller holds the lock of the device.
@@ -69,6 +71,7 @@ def measure(pair: ModelPair, trace: Trace, index: int) -> Bound:
         pair: the models that made the trace.
         trace: of `mtad` or `mtad_tree`.
         index: of the step.
+        check: called before every pass of the target; raises to stop the search.
 
     Raises:
         ConfigError: the method has no such bound, the step does not exist or accepted nothing.
@@ -86,7 +89,7 @@ def measure(pair: ModelPair, trace: Trace, index: int) -> Bound:
         raise ConfigError(f"Step {index} accepted no draft token, so there is nothing to bound.")
     before = [token for step in trace.steps[:index] for token in step.decision.emitted]
     context = [*trace.prompt_ids, *before]
-    target = CachedLM(pair.engine_target, pair.vocab_size)
+    target = CachedLM(pair.engine_target, pair.vocab_size, check=check)
     eos_ids = () if trace.config.ignore_eos else pair.eos_token_ids
     eos = torch.tensor(eos_ids, dtype=torch.int64, device=target.device)
     prefix = torch.tensor(context, dtype=torch.int64, device=target.device)
