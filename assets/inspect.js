@@ -52,7 +52,7 @@ const whatIfBox = make("section", "mtad-section mtad-whatif");
 const passBox = make("section", "mtad-section mtad-pass");
 const body = make("div", "mtad-inspect-body");
 body.hidden = true;
-body.append(head, stripBox, whatIfBox, passBox);
+body.append(head, stripBox, passBox, whatIfBox);
 root.replaceChildren(error, bar, body, spoken);
 
 function button(text, act) {
@@ -172,13 +172,15 @@ function drawHead() {
     meters.append(cell);
   }
   const more = make("details", "mtad-more");
-  const summary = make("summary", "", "Prompt, configuration, machine");
+  const summary = make("summary", "", "Prompt, configuration, machine, notes");
   const prompt = make("pre", "mtad-prompt", view.prompt || "no text");
   prompt.dir = "auto";
   prompt.tabIndex = 0;
   prompt.setAttribute("role", "region");
   prompt.setAttribute("aria-label", "Prompt");
-  more.append(summary, prompt, pairs(view.config), pairs(view.machine));
+  const remarks = make("ul", "mtad-notes");
+  fillList(remarks, view.remarks);
+  more.append(summary, prompt, pairs(view.config), pairs(view.machine), remarks);
   const notes = make("ul", "mtad-notes");
   fillList(notes, view.notes);
   head.replaceChildren(line, meters, notes, more);
@@ -463,14 +465,15 @@ async function fetchChunk(chunk) {
 
 // ---------------------------------------------------------------- what if
 const slider = {};
+const CURVE = 170;
 
 function drawWhatIf() {
-  const title = make("h4", "mtad-subtitle", "What if τ were another?");
-  const line = make("div", "mtad-head");
-  line.append(title);
   const data = open.what_if;
+  slider.box = make("div", "mtad-tau");
+  stripBox.append(slider.box);
+  whatIfBox.hidden = Boolean(data.why);
   if (data.why) {
-    whatIfBox.replaceChildren(line, make("p", "mtad-hint", data.why));
+    slider.box.append(make("span", "mtad-details-hint", data.why));
     return;
   }
   slider.range = make("input", "mtad-range");
@@ -478,30 +481,34 @@ function drawWhatIf() {
   slider.range.min = "0";
   slider.range.max = String(data.taus.length - 1);
   slider.range.step = "1";
-  slider.range.setAttribute("aria-label", "τ, the acceptance threshold, on a log scale");
+  slider.range.setAttribute("aria-label", "what-if τ, the acceptance threshold, on a log scale");
   slider.range.addEventListener("input", () => setTau({ index: Number(slider.range.value) }));
   slider.number = make("input", "mtad-number");
   slider.number.type = "text";
   slider.number.inputMode = "decimal";
   slider.number.autocomplete = "off";
-  slider.number.setAttribute("aria-label", "τ as a number");
+  slider.number.setAttribute("aria-label", "what-if τ as a number");
   slider.number.addEventListener("change", () => typeTau(slider.number.value));
   slider.reset = button("recorded τ", () => setTau({ index: data.recorded }));
-  const controls = make("div", "mtad-tau");
-  controls.append(make("span", "mtad-tau-name", "τ"), slider.range, slider.number, slider.reset);
   slider.result = make("p", "mtad-tau-result");
-  const note = make("p", "mtad-details-hint",
-    "Per pass: each recorded draft is judged anew at this τ. A changed choice would change every draft after it, so this is no forecast of another run."
-  );
-  const left = make("div", "mtad-whatif-left");
-  left.append(controls, slider.result, note);
-  slider.curve = svg("svg", { height: 132, role: "img", "aria-label": "Expected tokens per pass against τ" });
-  const right = make("div", "mtad-whatif-right");
+  slider.box.append(make("span", "mtad-tau-name", "What if τ ="), slider.number, slider.range, slider.reset, slider.result);
+
+  const title = make("h4", "mtad-subtitle", "Expected tokens per pass over τ");
+  const line = make("div", "mtad-head");
+  line.append(title);
+  slider.curve = svg("svg", { height: CURVE, role: "img", "aria-label": "Expected tokens per pass against τ" });
+  const picture = make("div", "mtad-curve-box");
+  picture.append(slider.curve);
+  const side = make("div");
   const table = make("details", "mtad-more");
-  table.append(make("summary", "", "Table of the curve"), grid(["τ", "tokens per pass"], data.table));
-  right.append(slider.curve, table);
+  table.append(make("summary", "", "The same in numbers"), grid(["τ", "tokens per pass"], data.table));
+  side.append(
+    make("p", "", "Each recorded draft is judged anew at every τ: its accepted length and the target's own token, on average over all passes."),
+    make("p", "mtad-details-hint", "Per pass: a changed choice would change every draft after it, so this is no forecast of another run."),
+    table
+  );
   const columns = make("div", "mtad-columns");
-  columns.append(left, right);
+  columns.append(picture, side);
   whatIfBox.replaceChildren(line, columns);
   showTau();
 }
@@ -540,8 +547,15 @@ async function typeTau(text) {
     slider.number.value = tauText();
     return;
   }
-  const index = open.what_if.taus.indexOf(view.tau);
-  setTau({ ...view, index });
+  // A τ between two of the slider's is counted by the server; the slider stands at the nearest.
+  const { logs } = open.what_if;
+  const nearest = logs.reduce((best, log, index) =>
+    Math.abs(log - view.log) < Math.abs(logs[best] - view.log) ? index : best, 0);
+  if (open.what_if.taus[nearest] === view.tau) setTau({ index: nearest });
+  else {
+    setTau({ ...view, index: -1 });
+    slider.range.value = String(nearest);
+  }
 }
 
 function setTau(tau) {
@@ -572,9 +586,8 @@ function showTau() {
   const [value, valueText] = expectedNow();
   const recorded = data.expected[data.recorded];
   slider.range.setAttribute("aria-valuetext", "τ " + text + ", " + valueText + " tokens per pass");
-  const strong = make("b", "mtad-value", valueText);
-  const parts = [strong, " expected tokens per pass at τ = " + text];
-  if (!whatIfShown()) parts.push(", as recorded.");
+  const parts = [make("b", "", valueText), " tokens per pass"];
+  if (!whatIfShown()) parts.push(" at the recorded τ");
   else {
     let changed = 0;
     for (let index = 0; index < open.head.count; index += 1) {
@@ -582,8 +595,8 @@ function showTau() {
     }
     const difference = value - recorded;
     const sign = difference < 0 ? "−" : "+";
-    parts.push("; recorded: " + data.expected_texts[data.recorded] + " at τ = " + data.taus[data.recorded] +
-      " (" + sign + Math.abs(difference).toFixed(2) + "). The accepted length changes in " + changed.toLocaleString("en") + " of " + open.head.count.toLocaleString("en") + " passes.");
+    parts.push(" (" + sign + Math.abs(difference).toFixed(2) + " against the recorded τ = " + data.taus[data.recorded] +
+      "); the length changes in " + changed.toLocaleString("en") + " of " + open.head.count.toLocaleString("en") + " passes, each taken alone");
   }
   slider.result.replaceChildren(...parts);
   slider.reset.disabled = !whatIfShown();
@@ -595,7 +608,7 @@ function drawCurve() {
   if (data.why) return;
   const width = slider.curve.parentElement.clientWidth;
   if (!width) return;
-  const height = 132, left = 34, right = 12, top = 18, bottom = 26;
+  const height = CURVE, left = 34, right = 12, top = 12, bottom = 40;
   const low = 1, high = Math.max(2, Math.ceil(Math.max(...data.expected) - 1e-9));
   const px = (x) => left + x * (width - left - right);
   const py = (value) => height - bottom - ((value - low) / (high - low)) * (height - top - bottom);
@@ -606,10 +619,10 @@ function drawCurve() {
     nodes.push(svg("text", { x: left - 7, y: py(value) + 4, "text-anchor": "end", class: "mtad-tick" }, String(value)));
   }
   for (const [text, x] of data.ticks) {
-    nodes.push(svg("text", { x: px(x), y: height - 10, "text-anchor": x > 0.97 ? "end" : x < 0.03 ? "start" : "middle", class: "mtad-tick" }, text));
+    nodes.push(svg("text", { x: px(x), y: height - 24, "text-anchor": x > 0.97 ? "end" : x < 0.03 ? "start" : "middle", class: "mtad-tick" }, text));
     nodes.push(svg("path", { d: "M" + px(x) + " " + (height - bottom) + "v4", class: "mtad-axis" }));
   }
-  nodes.push(svg("text", { x: 2, y: 11, class: "mtad-tick" }, "expected tokens per pass against τ"));
+  nodes.push(svg("text", { x: left, y: height - 4, class: "mtad-tick" }, "τ, log scale; ● recorded" + (whatIfShown() ? ", ○ what if" : "")));
   nodes.push(svg("polyline", { points: data.x.map((x, k) => px(x).toFixed(1) + "," + py(data.expected[k]).toFixed(1)).join(" "), class: "mtad-curve" }));
   const r = data.recorded;
   nodes.push(svg("path", { d: "M" + px(data.x[r]) + " " + py(low) + "V" + py(data.expected[r]), class: "mtad-recorded-line" }));
@@ -682,7 +695,7 @@ function drawWhatIfInPass() {
 
 // ---------------------------------------------------------------- stage: tree above chart
 // Both share their columns: a token stands above its own point.
-const BOX = 46, PITCH = 60, ROOT = 104, CHART = 250;
+const BOX = 46, PITCH = 60, ROOT = 104, CHART = 244;
 
 function drawStage() {
   const view = shownView;
@@ -690,9 +703,9 @@ function drawStage() {
   const end = view.rows.filter((row) => row.s === "accepted").length;
   const columns = Math.max(depth, end + view.final.length, 1);
   const room = passBox.clientWidth - 4;
-  const column = Math.max(138, Math.min(190, Math.floor((room - ROOT - 8) / columns)));
+  const column = Math.max(154, Math.min(290, Math.floor((room - ROOT - 8) / columns)));
   const lines = Math.max(1, ...view.rows.map((row) => row.y + 1));
-  pass.size = { depth, end, columns, column, lines, width: ROOT + columns * column + 8 };
+  pass.size = { depth, end, columns, column, lines, width: Math.max(room - 2, ROOT + columns * column + 8) };
   pass.stage.replaceChildren();
   pass.stage.style.setProperty("--mtad-stage-width", pass.size.width + "px");
   const inner = make("div", "mtad-stage-inner");
@@ -708,7 +721,7 @@ function drawStage() {
 }
 
 const boxX = (d) => ROOT + (d - 1) * pass.size.column + 20;
-const boxWidth = () => pass.size.column - 24;
+const boxWidth = () => Math.min(176, pass.size.column - 24);
 const middle = (d) => (d ? boxX(d) + boxWidth() / 2 : 52);
 
 function drawTree(view) {
@@ -721,10 +734,12 @@ function drawTree(view) {
   const picture = svg("svg", { width, height, role: "none" });
   const y = (line) => 6 + line * PITCH;
   const edges = { accepted: "", other: "" };
+  // Siblings share a trunk in the gap before their column.
   const elbow = (x1, y1, x2, y2) => {
-    const bend = x2 - 10;
+    const trunk = x2 - 13;
     return y1 === y2 ? "M" + x1 + " " + y1 + "H" + x2
-      : "M" + x1 + " " + y1 + "C" + bend + " " + y1 + " " + (x1 + 6) + " " + y2 + " " + x2 + " " + y2;
+      : "M" + x1 + " " + y1 + "H" + (trunk - 6) + "Q" + trunk + " " + y1 + " " + trunk + " " + (y1 + 6) +
+        "V" + (y2 - 6) + "Q" + trunk + " " + y2 + " " + (trunk + 6) + " " + y2 + "H" + x2;
   };
   const rightOf = (row) => (row < 0 ? 96 : boxX(view.rows[row].d) + boxWidth());
   const lineOf = (row) => (row < 0 ? 0 : view.rows[row].y);
@@ -745,7 +760,7 @@ function drawTree(view) {
   );
   const before = svg("svg", { x: 8, y: y(0), width: 88, height: BOX, role: "none" });
   before.append(svg("rect", { x: 0.75, y: 0.75, width: 86.5, height: BOX - 1.5, rx: 7, class: "mtad-box mtad-box-root" }));
-  before.append(svg("text", { x: 9, y: 19, class: "mtad-node-text" }, view.root));
+  before.append(svg("text", { x: 9, y: 19, class: "mtad-node-text" }, fitting(view.root, 76)));
   before.append(svg("text", { x: 9, y: 37, class: "mtad-node-figures" }, "so far"));
   picture.append(before);
   pass.nodes = view.rows.map((row, index) => node(row, index, view, boxX(row.d), y(row.y)));
@@ -770,16 +785,26 @@ function node(row, index, view, x, y) {
     view.columns.map((name, k) => name + " " + (k < row.c.length ? row.c[k] : row.w)).join(", "));
   const box = svg("svg", { x, y, width: boxWidth(), height: BOX, role: "none" });
   box.append(svg("rect", { x: 1, y: 1, width: boxWidth() - 2, height: BOX - 2, rx: 7, class: "mtad-box" }));
-  const mark = row.v === true ? "✓" : row.v === false ? "✗" : "";
+  const mark = dropped(row, view) ? "" : row.v === true ? "✓" : row.v === false ? "✗" : "";
   const clip = svg("svg", { x: 0, y: 0, width: boxWidth() - (mark ? 24 : 6), height: 26, role: "none" });
-  clip.append(svg("text", { x: 10, y: 19, class: "mtad-node-text" }, row.t));
-  box.append(clip, svg("text", { x: 10, y: 37, class: "mtad-node-figures" }, "p " + row.c[2] + "   q " + row.c[3]));
+  clip.append(svg("text", { x: 10, y: 19, class: "mtad-node-text" }, fitting(row.t, boxWidth() - (mark ? 34 : 16))));
+  box.append(clip, svg("text", { x: 10, y: 37, class: "mtad-node-figures" }, "p " + row.c[2] + "  q " + row.c[3]));
   if (mark) box.append(svg("text", { x: boxWidth() - 9, y: 19, "text-anchor": "end", class: "mtad-node-mark" }, mark));
   if (view.chart && view.chart.reference === index) {
     box.append(svg("text", { x: boxWidth() - 9, y: 37, "text-anchor": "end", class: "mtad-node-figures" }, "ref"));
   }
   group.append(box);
   return group;
+}
+
+// It passed its own test, but an earlier token had been rejected.
+const dropped = (row, view) => row.v === true && row.s !== "accepted" && view.chart !== null && view.chart.kind === "tests";
+
+// As much of a text as a box of this width has room for; a wide script is clipped by the box.
+function fitting(text, width) {
+  const characters = Array.from(text);
+  const most = Math.max(3, Math.floor(width / 8.3));
+  return characters.length <= most ? text : characters.slice(0, most - 1).join("") + "…";
 }
 
 function finalNode([kind, text, name, logprob], x, y, depth) {
@@ -790,7 +815,7 @@ function finalNode([kind, text, name, logprob], x, y, depth) {
   box.append(svg("rect", { x: 1, y: 1, width: boxWidth() - 2, height: BOX - 2, rx: 7, class: "mtad-box" }));
   box.append(svg("rect", { x: 4, y: 4, width: boxWidth() - 8, height: BOX - 8, rx: 4.5, class: "mtad-box-inner" }));
   const clip = svg("svg", { x: 0, y: 0, width: boxWidth() - 8, height: 26, role: "none" });
-  clip.append(svg("text", { x: 11, y: 19, class: "mtad-node-text" }, text));
+  clip.append(svg("text", { x: 11, y: 19, class: "mtad-node-text" }, fitting(text, boxWidth() - 20)));
   box.append(clip, svg("text", { x: 11, y: 36, class: "mtad-node-figures" }, name));
   group.append(box);
   return group;
@@ -876,7 +901,7 @@ function niceTicks(low, high, most) {
 
 function drawRatioChart(chart) {
   const { width, columns } = pass.size;
-  const top = 30, bottom = 44;
+  const top = 36, bottom = 44;
   const infinite = chart.values.includes("-inf");
   let low = chart.low, high = chart.high;
   const what = whatIfShown() ? tauLog() : null;
@@ -905,8 +930,8 @@ function drawRatioChart(chart) {
     nodes.push(svg("text", { x: x0 - 7, y: y("-inf") + 4, "text-anchor": "end", class: "mtad-tick" }, "−∞"));
   }
   nodes.push(svg("path", { d: "M" + x0 + " " + top + "V" + (CHART - bottom), class: "mtad-axis" }));
-  nodes.push(svg("text", { x: 6, y: 13, class: "mtad-tick" }, "joint log p − log q of the prefix"));
-  nodes.push(svg("text", { x: x1, y: 13, "text-anchor": "end", class: "mtad-tick" }, "above the line: passes"));
+  const axis = shownView.columns[4].replace("log p/q", "joint log p/q");
+  nodes.push(svg("text", { x: 6, y: 13, class: "mtad-tick" }, axis + "; above the line log τ it passes"));
   for (let d = 1; d <= Math.min(columns, chart.depth); d += 1) {
     nodes.push(svg("text", { x: middle(d), y: CHART - 24, "text-anchor": "middle", class: "mtad-tick" }, "depth " + d));
   }
@@ -943,8 +968,7 @@ function drawRatioChart(chart) {
     labels.push(svg("text", { x: px + 9, y: py + (below ? 15 : -7), class: "mtad-point-text" }, chart.labels[index] + far));
   });
   nodes.push(...labels);
-  const tauLeft = middle(Math.min(chart.depth, columns)) + 12 > x1 - 170;
-  nodes.push(svg("text", { x: tauLeft ? x0 + 8 : x1, y: lineY + 14, "text-anchor": tauLeft ? "start" : "end", class: "mtad-tau-text" }, chart.line));
+  nodes.push(svg("text", { x: x0 + 8, y: lineY + 15, class: "mtad-tau-text" }, chart.line));
   // A dip that a later token rescues: from the last of it to the token that lifts it back.
   if (chart.dips.length) {
     const dip = chart.dips[chart.dips.length - 1];
@@ -956,13 +980,13 @@ function drawRatioChart(chart) {
     const low_ = Math.min(CHART - bottom - 6, Math.max(ay, by) + 34);
     nodes.push(svg("path", { d: "M" + ax + " " + (ay + 9) + "C" + ax + " " + low_ + " " + bx + " " + low_ + " " + bx + " " + (by + 10), class: "mtad-rescue" }));
     nodes.push(svg("path", { d: "M" + (bx - 4.5) + " " + (by + 16) + "L" + bx + " " + (by + 9) + "L" + (bx + 4.5) + " " + (by + 16), class: "mtad-rescue" }));
-    nodes.push(svg("text", { x: (ax + bx) / 2, y: Math.min(CHART - bottom - 4, low_ + 4), "text-anchor": "middle", class: "mtad-rescue-text" }, "◆ dip, rescued by the next tokens"));
+    nodes.push(svg("text", { x: (ax + bx) / 2, y: Math.min(CHART - bottom - 4, low_ + 9), "text-anchor": "middle", class: "mtad-rescue-text" }, "◆ dip, rescued"));
   }
   if (what !== null) {
     const wy = y(what);
     nodes.push(svg("path", { d: "M" + x0 + " " + wy + "H" + x1, class: "mtad-if-line" }));
     const length = whatIfLength(current);
-    nodes.push(svg("text", { x: x1, y: wy - 5, "text-anchor": "end", class: "mtad-point-text" }, "what if τ = " + tauText() + ": accepts " + length));
+    nodes.push(svg("text", { x: x0 + 8, y: wy + (what > chart.log_tau ? -6 : 15), class: "mtad-point-text" }, "what if τ = " + tauText() + ": accepts " + length));
   }
   pass.chart.replaceChildren(...nodes);
 }
@@ -1000,21 +1024,19 @@ function drawTestChart(chart) {
         return;
       }
       const sy = y(item.score), ty = y(item.threshold);
-      const state = item.v ? "mtad-test-pass" : "mtad-test-fail";
+      const late = dropped(shownView.rows[item.row], shownView);
+      const state = late ? "mtad-test-late" : item.v ? "mtad-test-pass" : "mtad-test-fail";
       if (chart.bars) nodes.push(svg("rect", { x: c - bar / 2, y: sy, width: bar, height: Math.max(1, base - sy), class: "mtad-test " + state }));
       else {
         nodes.push(svg("path", { d: "M" + c + " " + ty + "V" + sy, class: "mtad-stem" }));
-        nodes.push(svg("circle", { cx: c, cy: sy, r: 5.5, class: item.v ? "mtad-pass" : "mtad-miss" }));
+        nodes.push(svg("circle", { cx: c, cy: sy, r: 5.5, class: late ? "mtad-test-late" : item.v ? "mtad-pass" : "mtad-miss" }));
       }
       nodes.push(svg("path", { d: "M" + (c - bar / 2 - 6) + " " + ty + "h" + (bar + 12), class: "mtad-threshold" }));
-      nodes.push(svg("text", { x: c, y: base + 16, "text-anchor": "middle", class: "mtad-node-mark" }, item.v ? "✓" : "✗"));
-      const narrow = items.length > 2;
-      if (narrow) {
-        nodes.push(svg("text", { x: c, y: sy - 5, "text-anchor": "middle", class: "mtad-tick" }, item.st));
-      } else {
-        nodes.push(svg("text", { x: c, y: sy - 6, "text-anchor": "middle", class: "mtad-point-text" }, item.st));
-        nodes.push(svg("text", { x: c + bar / 2 + 8, y: ty + (Math.abs(ty - sy) < 12 ? 14 : 4), class: "mtad-tick" }, item.tt));
-      }
+      nodes.push(svg("text", { x: c, y: base + 16, "text-anchor": "middle", class: late ? "mtad-tick" : "mtad-node-mark" }, late ? "dropped" : item.v ? "✓" : "✗"));
+      // The score above its bar, or above the line where that would run through it.
+      const labelY = ty < sy + 4 && sy - ty < 22 ? ty - 6 : sy - (chart.bars ? 5 : 9);
+      nodes.push(svg("text", { x: c, y: labelY, "text-anchor": "middle", class: "mtad-point-text" }, item.st));
+      if (items.length <= 2) nodes.push(svg("text", { x: c + bar / 2 + 9, y: ty + 4, class: "mtad-tick" }, item.tt));
     });
   }
   pass.chart.replaceChildren(...nodes);

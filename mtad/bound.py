@@ -13,6 +13,7 @@ import torch
 
 from mtad.config import DecodeConfig
 from mtad.decoders.exact import search_exact
+from mtad.draft import Drafter
 from mtad.errors import ConfigError
 from mtad.lm import CachedLM
 from mtad.logits import Logits
@@ -93,7 +94,8 @@ def measure(
     eos_ids = () if trace.config.ignore_eos else pair.eos_token_ids
     eos = torch.tensor(eos_ids, dtype=torch.int64, device=target.device)
     prefix = torch.tensor(context, dtype=torch.int64, device=target.device)
-    target.prefill(prefix[:-1])
+    draft = as_drafter(pair)
+    hidden = target.prefill(prefix[:-1], draft.target_layers)
     blocks = search_exact(
         target,
         prefix[-1:],
@@ -106,17 +108,21 @@ def measure(
         [decision.tree.target_logprobs[node] for node in decision.path],
         decision.reference_logprobs[:length],
         best.logprobs,
-        _draft_logprobs(pair, prefix, best.token_ids, trace.config),
+        _draft_logprobs(pair, draft, hidden, prefix, best.token_ids, trace.config),
         best.token_ids,
         trace.config.accept_threshold,
     )
 
 
 def _draft_logprobs(
-    pair: ModelPair, prefix: torch.Tensor, block: Sequence[int], config: DecodeConfig
+    pair: ModelPair,
+    draft: Drafter,
+    hidden: torch.Tensor | None,
+    prefix: torch.Tensor,
+    block: Sequence[int],
+    config: DecodeConfig,
 ) -> list[float]:
-    draft = as_drafter(pair)
-    draft.prefill(prefix[:-1], None)
+    draft.prefill(prefix[:-1], hidden)
     tokens = torch.tensor(block, dtype=torch.int64, device=prefix.device)
     logits = Logits.of(draft.next_logits(torch.cat([prefix[-1:], tokens[:-1]])))
     scored = score(logits.cut(pair.vocab_size), config)

@@ -118,7 +118,7 @@ class Collection:
             (key, _with_figures(label, trace), trace)
             for key, (label, trace) in self._recorded.all().items()
         ]
-        best = _preferred(own) or _preferred(recorded)
+        best = _newest(own) or _telling(recorded)
         return {
             "groups": [
                 [title, [[key, label] for key, label, _ in entries]]
@@ -197,12 +197,17 @@ def _read(text: str) -> Trace:
     return trace
 
 
-def _preferred(entries: Sequence[tuple[str, str, Trace]]) -> str:
-    """The first of the joint methods that rescued a dip, or the first of them, or of all."""
-    joint = [(key, trace) for key, _, trace in entries if trace.method in JOINT_METHODS]
-    rescued = [key for key, trace in joint if strip_view(trace)["rescued"]]
-    others = [key for key, _ in joint] + [key for key, _, _ in entries]
-    return next(iter([*rescued, *others]), "")
+def _newest(entries: Sequence[tuple[str, str, Trace]]) -> str:
+    """Of traces that stand latest first, the first of a joint method, or the first of all."""
+    joint = [key for key, _, trace in entries if trace.method in JOINT_METHODS]
+    return next(iter([*joint, *(key for key, _, _ in entries)]), "")
+
+
+def _telling(entries: Sequence[tuple[str, str, Trace]]) -> str:
+    """The trace with the most rescued dips, if any has one; else as `_newest`."""
+    rescued = {key: len(strip_view(trace)["rescued"]) for key, _, trace in entries}
+    best = max(rescued, key=rescued.__getitem__, default="")
+    return best if rescued.get(best) else _newest(entries)
 
 
 def _with_figures(label: str, trace: Trace) -> str:

@@ -26,7 +26,7 @@ from mtad.whatif import JOINT_METHODS, node_ratios
 MAX_DRAWN = 512
 # Emitted tokens of one pass that are drawn and listed; `beam` emits its whole answer in one.
 MAX_EMITTED = 64
-CONTEXT_CHARACTERS = 160
+CONTEXT_CHARACTERS = 120
 MAX_PROMPT_CHARACTERS = 4000
 # How far under or over the lines of a chart a point may pull its axis.
 _REACH_NATS = 6.0
@@ -81,7 +81,8 @@ def trace_view(trace: Trace, label: str) -> dict[str, Any]:
 
     Returns:
         `label`, `title`, `summary`, `lossless` of the method; `meters` as above a lane;
-        `config`, `machine`: [name, value] pairs; `prompt`, `notes`, `count`: number of passes.
+        `config`, `machine`: [name, value] pairs; `prompt`; `notes`, to be read beside the figures,
+        and `remarks`, that may be folded away; `count`: number of passes.
     """
     info = method_info(trace.method)
     lane = Lane(info, trace.config)
@@ -114,7 +115,8 @@ def trace_view(trace: Trace, label: str) -> dict[str, Any]:
             ["recorded", trace.started_at],
         ],
         "prompt": trace.prompt[:MAX_PROMPT_CHARACTERS],
-        "notes": [*notes[:12], *lane.remarks()[len(trace.notes) :]],
+        "notes": notes[:12],
+        "remarks": lane.remarks()[len(trace.notes) :],
         "count": len(trace.steps),
     }
 
@@ -135,6 +137,12 @@ def _plain(value: Any) -> str:
 
 def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def ratio_text(value: float, log_threshold: float) -> str:
+    """A ratio beside log τ, with as many digits as it takes to tell them apart."""
+    near = math.isfinite(value) and abs(value - log_threshold) < 0.015
+    return number(value, 4 if near else 2)
 
 
 def pass_view(
@@ -282,7 +290,7 @@ def _rows(trace: Trace, info: MethodInfo, step: Step, nodes: Sequence[int]) -> l
         passed: bool | None
         if ratios:
             passed = ratios[node] > math.log(trace.config.accept_threshold)
-            cells.append(number(ratios[node]))
+            cells.append(ratio_text(ratios[node], math.log(trace.config.accept_threshold)))
         else:
             passed = passes(tree, node, trace.method)
             cells += [number(_at(tree.scores, node)), number(_at(tree.thresholds, node))]
@@ -393,7 +401,7 @@ def _ratio_chart(trace: Trace, step: Step, nodes: Sequence[int]) -> dict[str, An
         "log_tau": round(log_tau, 4),
         "line": f"log τ = {number(log_tau)} (τ = {tau_text(trace.config.accept_threshold)})",
         "values": [_plot(ratios[node]) for node in nodes],
-        "labels": [number(ratios[node]) for node in nodes],
+        "labels": [ratio_text(ratios[node], log_tau) for node in nodes],
         "curves": [[place[node] for node in tree.path_to(leaf)] for leaf in leaves],
         "chosen": [place[node] for node in decision.path if node in place],
         "depth": tree.depth,
@@ -478,31 +486,33 @@ def _scale(method: str, values: Sequence[float]) -> tuple[float, float, list[lis
 def _joint_verdict(trace: Trace, step: Step) -> str:
     decision = step.decision
     length, depth = decision.accepted_length, decision.tree.depth
-    log_tau = f"log τ = {number(math.log(trace.config.accept_threshold))}"
+    log_tau = math.log(trace.config.accept_threshold)
     ratios = node_ratios(decision)
+
+    def said(ratio: float) -> str:
+        return ratio_text(ratio, log_tau)
+
+    line = f"log τ = {number(log_tau, 4)}"
     if length == 0:
-        best = max(ratios)
         return (
-            f"No prefix has a joint ratio above {log_tau}; the best reaches {number(best)}. Nothing"
-            " is accepted, and the pass gives the target's own token."
+            f"No prefix has a joint ratio above {line}; the best reaches {said(max(ratios))}."
+            " Nothing is accepted, and the pass gives the target's own token."
         )
+    at_end = said(ratios[decision.path[-1]])
     low = dips(decision, trace.config)
     if low:
-        under = ", ".join(
-            f"{number(ratios[decision.path[depth - 1]])} at depth {depth}" for depth in low
-        )
+        under = ", ".join(f"{said(ratios[decision.path[d - 1]])} at depth {d}" for d in low)
         return (
-            f"An early dip, rescued: the joint ratio is under {log_tau} ({under}), but at depth"
-            f" {length} it is back at {number(ratios[decision.path[-1]])}. The longest passing"
-            " prefix counts, so the tokens of the dip are accepted with it."
+            f"An early dip, rescued: the joint ratio is under {line} ({under}), but at depth"
+            f" {length} it is back at {at_end}. The longest passing prefix counts, so the tokens of"
+            " the dip are accepted with it."
         )
-    at_end = f"the joint ratio {number(ratios[decision.path[-1]])} is above {log_tau}"
     if length == depth:
-        return f"The whole depth is accepted: {at_end}."
+        return f"Accepted to its whole depth: the joint ratio {at_end} is above {line}."
     deeper = [r for r, d in zip(ratios, decision.tree.depths, strict=True) if d > length]
     return (
-        f"At depth {length} {at_end}; deeper it is at most {number(max(deeper))}. So"
-        f" {length} of {depth} are accepted, and the target adds one token."
+        f"At depth {length} the joint ratio {at_end} is above {line}; deeper it is at most"
+        f" {said(max(deeper))}. So {length} of {depth} are accepted, and the target adds a token."
     )
 
 
@@ -527,7 +537,7 @@ def _test_verdict(trace: Trace, step: Step) -> str:
     if trace.method == "speculative":
         return (
             f"Rejected {where}: p/q is {score}, not above the drawn u of {threshold}. The target"
-            " draws a token from what p has more than q; later ones are not tested."
+            " draws a token from what p has more than q, and what follows is dropped."
         )
     if trace.method == "specinfer":
         tested = "the only candidate fails" if len(failed) == 1 else f"all {len(failed)} tests fail"
@@ -538,7 +548,7 @@ def _test_verdict(trace: Trace, step: Step) -> str:
     if trace.method == "typical":
         return (
             f"Rejected {where}: p is {score}, not above the threshold {threshold} ="
-            " min(ε, δ·exp(−entropy)). The target draws its own token."
+            " min(ε, δ·exp(−entropy)). The target draws its own token, what follows is dropped."
         )
     return (
         f"Rolled back {where}: log p is {score}, under the limit {threshold}. The target's own"
@@ -550,7 +560,7 @@ def _verdict_word(passed: bool | None, taken: bool, joint: bool) -> str:
     if passed is None:
         return "not tested"
     if passed:
-        return "✓ yes"
+        return "✓ yes" if taken or joint else "✓ yes, but after a rejection"
     return "✗ no, a later one passes" if taken and joint else "✗ no"
 
 

@@ -21,6 +21,8 @@ from mtad.whatif import JOINT_METHODS, accepted_length_at, accepted_path, node_r
 
 LOWEST, HIGHEST = 0.01, 1.0
 STEPS_A_DECADE = 80
+# What people would set; near these the even steps would miss them by a hair.
+_ROUND = {0.02, 0.03, 0.05, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9}
 _KIND_LETTERS = {"bonus": "b", "corrected": "c", "sampled": "s", None: "-"}
 # One in so many values of the slider stands in the table beside the curve.
 _TABLE_EVERY = 16
@@ -33,7 +35,7 @@ def slider_thresholds(recorded: float) -> list[float]:
         round(LOWEST * 10 ** (step / STEPS_A_DECADE), 4)
         for step in range(decades * STEPS_A_DECADE + 1)
     }
-    return sorted(values | {recorded})
+    return sorted(values | _ROUND | {recorded})
 
 
 def strip_view(trace: Trace) -> dict[str, Any]:
@@ -43,7 +45,7 @@ def strip_view(trace: Trace) -> dict[str, Any]:
         `emitted`, `accepted`, `offered`: tokens, by pass; `kinds`: one letter a pass for what
         the target added (b, c, s; - for nothing); `rescued`: the passes in which a later token
         lifted the joint ratio back over log τ; `top`: the height of the tallest cell; `start`:
-        the pass to show first: a rescue, or one that was accepted in part.
+        the pass to show first: the deepest rescue, or one that was accepted in part.
     """
     decisions = [step.decision for step in trace.steps]
     emitted = [len(decision.emitted) for decision in decisions]
@@ -61,7 +63,9 @@ def strip_view(trace: Trace) -> dict[str, Any]:
             for d, a in zip(decisions, accepted, strict=True)
         ),
         "rescued": rescued,
-        "start": next(iter([*rescued, *partial]), 0),
+        "start": max(rescued, key=lambda i: _fall(decisions[i], trace.config))
+        if rescued
+        else next(iter(partial), 0),
         "top": max(max(emitted, default=1), max(offered, default=0) + 1 if joint else 1, 1),
     }
 
@@ -81,6 +85,13 @@ def dips(decision: Decision, config: DecodeConfig) -> list[int]:
     ]
 
 
+def _fall(decision: Decision, config: DecodeConfig) -> float:
+    """How far the deepest dip of a rescued path falls under log τ."""
+    ratios = node_ratios(decision)
+    lowest = min(ratios[decision.path[depth - 1]] for depth in dips(decision, config))
+    return math.log(config.accept_threshold) - lowest
+
+
 def what_if_view(trace: Trace) -> dict[str, Any]:
     """What the slider needs of a whole trace.
 
@@ -94,8 +105,9 @@ def what_if_view(trace: Trace) -> dict[str, Any]:
         TraceError: a decision of a joint method has no reference for its whole depth.
     """
     if trace.method not in JOINT_METHODS:
-        title = method_info(trace.method).title
-        return {"why": f"{title} has no threshold τ: its rule compares other figures, below."}
+        info = method_info(trace.method)
+        rest = "its rule compares other figures, below" if info.uses_draft else "it drafts nothing"
+        return {"why": f"{info.title} has no threshold τ to change: {rest}."}
     if not trace.steps:
         return {"why": "This trace has no pass."}
     taus = slider_thresholds(trace.config.accept_threshold)
