@@ -244,6 +244,8 @@ function drawStripFrame() {
     walk.append(next);
   }
   walk.append(legend());
+  strip.table = make("details", "mtad-more");
+  strip.table.addEventListener("toggle", fillStripTable);
   stripBox.replaceChildren(line, strip.scroll, walk);
   strip.patterns = stripPatterns();
 }
@@ -382,12 +384,49 @@ function whatIfRecorded(index) {
   return length;
 }
 
-// Draws strip and curve once before the next frame.
+// Draws the strip once before the next frame.
 function later() {
   if (!frame) frame = requestAnimationFrame(() => {
     frame = 0;
-    if (open) drawStrip();
+    if (!open) return;
+    drawStrip();
+    fillStripTable();
   });
+}
+
+// The strip as a table, only while it is unfolded: the passes around the chosen one.
+const TABLE_PASSES = 100;
+const KIND_NAMES = { b: "bonus", c: "corrected", s: "sampled", "-": "nothing" };
+
+function fillStripTable() {
+  const { table } = strip;
+  if (!table.firstChild) table.append(make("summary", "", "The passes in numbers"));
+  if (!table.open) {
+    if (table.children.length > 1) table.lastChild.remove();
+    return;
+  }
+  const { accepted, offered, emitted, kinds, rescued } = open.strip;
+  const count = open.head.count;
+  const first = Math.max(0, Math.min(current - TABLE_PASSES / 2, count - TABLE_PASSES));
+  const headings = ["pass", "offered", "accepted", "added by the target", "emitted", "early dip rescued"];
+  const judged = !open.what_if.why;
+  if (judged) headings.push("accepted at τ = " + tauText());
+  const rows = [];
+  for (let index = first; index < Math.min(count, first + TABLE_PASSES); index += 1) {
+    const row = [index + 1, offered[index], accepted[index], KIND_NAMES[kinds[index]], emitted[index], rescued.includes(index) ? "◆ yes" : "no"];
+    if (judged) row.push(whatIfLength(index));
+    rows.push(row.map(String));
+  }
+  const scroll = make("div", "mtad-scroll mtad-strip-table");
+  scroll.tabIndex = 0;
+  scroll.setAttribute("role", "region");
+  scroll.setAttribute("aria-label", "Passes in numbers, scrolls");
+  scroll.append(grid(headings, rows));
+  if (table.children.length > 1) {
+    const { scrollTop } = table.lastChild;
+    table.lastChild.replaceWith(scroll);
+    scroll.scrollTop = scrollTop;
+  } else table.append(scroll);
 }
 
 function revealCell() {
@@ -470,7 +509,7 @@ const CURVE = 170;
 function drawWhatIf() {
   const data = open.what_if;
   slider.box = make("div", "mtad-tau");
-  stripBox.append(slider.box);
+  stripBox.append(slider.box, strip.table);
   whatIfBox.hidden = Boolean(data.why);
   if (data.why) {
     slider.box.append(make("span", "mtad-details-hint", data.why));

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from mtad.errors import Cancelled, ConfigError, MtadError, PairError
-from mtad.trace import Bound, Trace
+from mtad.trace import Bound, ModelInfo, Trace
 from mtad.ui.collection import Collection
 from mtad.ui.comparison import PairSource
 from mtad.whatif import JOINT_METHODS
@@ -118,13 +118,12 @@ def why_no_gap(trace: Trace, pair: Any) -> str:
         return "the bound holds for MTAD and multi-candidate MTAD only"
     if pair is None:
         return ""
-    if trace.target != pair.target_info:
-        return (
-            f"the trace's target is {trace.target.name[:80]}, the loaded one is"
-            f" {pair.target_info.name}"
-        )
-    if trace.draft != pair.draft_info:
-        return "the trace's draft is another than the loaded one"
+    if _same(trace.target) != _same(pair.target_info):
+        names = _named(trace.target), _named(pair.target_info)
+        return "the trace's target is {}, the loaded one {}".format(*names)
+    if _same(trace.draft) != _same(pair.draft_info):
+        names = _named(trace.draft), _named(pair.draft_info)
+        return "the trace's draft is {}, the loaded one {}".format(*names)
     here = (str(pair.device), pair.weights, pair.engine)
     if (trace.device, trace.dtype, trace.engine) != here:
         return (
@@ -140,6 +139,17 @@ def why_no_gap(trace: Trace, pair: Any) -> str:
     if max(length, len(trace.prompt_ids) + tokens) > pair.context_length:
         return f"the trace is longer than the context of the pair ({pair.context_length:,} tokens)"
     return ""
+
+
+def _same(info: ModelInfo | None) -> tuple[str, str, int] | None:
+    """What makes a model the same; its bytes differ with the engine, which is compared apart."""
+    return None if info is None else (info.name, info.revision, info.parameters)
+
+
+def _named(info: ModelInfo | None) -> str:
+    if info is None:
+        return "none"
+    return " ".join(f"{info.name[:80]} {info.revision[:80]}".split())
 
 
 def library_measure(pair: Any, trace: Trace, index: int, check: Callable[[], None]) -> Bound:
