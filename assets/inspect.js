@@ -1007,7 +1007,9 @@ function drawRatioChart(chart) {
     labels.push(svg("text", { x: px + 9, y: py + (below ? 15 : -7), class: "mtad-point-text" }, chart.labels[index] + far));
   });
   nodes.push(...labels);
-  nodes.push(svg("text", { x: x0 + 8, y: lineY + 15, class: "mtad-tau-text" }, chart.line));
+  // Behind the last point, where no curve runs, if the label has room there.
+  const behind = x1 - middle(chart.depth) > 165 && width <= passBox.clientWidth;
+  nodes.push(svg("text", { x: behind ? x1 - 4 : x0 + 8, y: lineY + 15, "text-anchor": behind ? "end" : "start", class: "mtad-tau-text" }, chart.line));
   // A dip that a later token rescues: from the last of it to the token that lifts it back.
   if (chart.dips.length) {
     const dip = chart.dips[chart.dips.length - 1];

@@ -128,8 +128,8 @@ def why_no_gap(trace: Trace, pair: Any) -> str:
     if (trace.device, trace.dtype, trace.engine) != here:
         return (
             f"it was recorded on {trace.device[:40]} in {trace.dtype[:40]} by the"
-            f" {trace.engine[:40]} engine, and {' in '.join(here[:2])} on the {here[2]} engine the"
-            " same weights give other figures"
+            f" {trace.engine[:40]} engine, and on {here[0]} in {here[1]} by the {here[2]} engine"
+            " the same weights give other figures"
         )
     bad = [token for token in trace.prompt_ids if token >= pair.vocab_size]
     if bad or not trace.prompt_ids:
