@@ -413,6 +413,20 @@ def test_own_traces_and_the_true_gap(app: str, visit: Any, tmp_path: Path) -> No
     assert "Exact joint decoding needs at least" in page.inner_text(".mtad-bound")
     assert page.get_by_role("button", name="Measure the true gap").is_enabled()
 
+    # While another visitor's run holds the device a search waits in line, and can leave it.
+    two = visit(app)
+    two.set(max_new_tokens=4000)
+    two.run()
+    two.page.wait_for_selector(".mtad-block", timeout=120_000)
+    page.get_by_role("button", name="Measure the true gap").click()
+    page.locator("#mtad-inspect-place").get_by_text("queue: 1/1").wait_for()
+    assert "Waiting for the device." in page.inner_text(".mtad-bound")
+    page.locator(".mtad-bound").get_by_role("button", name="Stop").click()
+    page.locator(".mtad-bound").get_by_text("Stopped before it began.").wait_for()
+    assert two.states()[0] == "running"
+    two.page.close()
+    assert page.get_by_role("button", name="Measure the true gap").is_enabled()
+
     # What was recorded elsewhere is not measured with other figures.
     page.select_option("#mtad-pick", "recorded:h200-smollm2:2")
     page.get_by_text("recorded on cuda:0").wait_for()
