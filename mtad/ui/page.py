@@ -15,6 +15,7 @@ from mtad.ui.board import encode
 from mtad.ui.compare_tab import compare_tab
 from mtad.ui.comparison import PairSource, Stream
 from mtad.ui.endpoint import compare_endpoint
+from mtad.ui.inspect_tab import inspect_tab
 from mtad.ui.loading import PairLoader, header_view
 from mtad.ui.shelf import new_visit
 from mtad.ui.site import MODEL_SLOT, QUIET, Site, library_stream, script, stylesheet
@@ -63,6 +64,8 @@ def build(source: PairSource | None = None, stream: Stream = library_stream) -> 
         page.load(new_visit, outputs=visit, queue=False, **QUIET)
         with gr.Tab("Compare"):
             compare_tab(site, visit)
+        with gr.Tab("Inspect") as tab:
+            inspect_tab(site, visit, tab)
         for event in (page.load, clock.tick):
             event(
                 functools.partial(_tick, site.source),
