@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from mtad.catalogue import MethodInfo, method_info
 from mtad.config import DecodeConfig
 from mtad.decoders import load_decoder
-from mtad.draft import Drafter, RecordedDrafter
+from mtad.draft import RecordedDrafter
 from mtad.energy import Meter
 from mtad.errors import Cancelled, ConfigError, DeadlineExceeded, PairError, PromptError
 from mtad.hidden_draft import HiddenDraft
@@ -33,6 +33,7 @@ from mtad.metrics import summarize
 from mtad.native import library
 from mtad.pairs import EAGER, ModelPair, as_drafter
 from mtad.recording import Scribe, Timing, meter_for, synchronize
+from mtad.session import Session
 from mtad.text import encode_prompt
 from mtad.trace import Decision, Step, StopReason, Trace
 from mtad.version import __version__
@@ -70,6 +71,7 @@ def stream(
     cancel: threading.Event | None = None,
     deadline_seconds: float | None = None,
     meter: Meter | None = None,
+    session: Session | None = None,
 ) -> Iterator[Step | Trace]:
     """Decodes in a worker thread and yields Steps as they happen, the Trace last.
 
@@ -88,6 +90,8 @@ def stream(
             decoded and says "cancelled".
         deadline_seconds: likewise after this many seconds, waiting for the device included.
         meter: measures energy; by default the best one for the device.
+        session: of a conversation: what it has of the prompt is not read again. The tokens are
+            those of a run without it.
 
     Raises:
         ConfigError, PromptError, PairError, BudgetError: with a message for the user, before
@@ -109,6 +113,7 @@ def stream(
         cancel or threading.Event(),
         deadline_seconds,
         meter,
+        session,
     )
     return run.events()
 
@@ -125,6 +130,7 @@ def run(
     cancel: threading.Event | None = None,
     deadline_seconds: float | None = None,
     meter: Meter | None = None,
+    session: Session | None = None,
 ) -> Trace:
     """`stream`, drained: returns the Trace."""
     events = stream(
@@ -138,6 +144,7 @@ def run(
         cancel=cancel,
         deadline_seconds=deadline_seconds,
         meter=meter,
+        session=session,
     )
     *_, trace = events
     assert isinstance(trace, Trace)
@@ -156,6 +163,7 @@ class _Run:
         cancel: threading.Event,
         deadline_seconds: float | None,
         meter: Meter | None,
+        session: Session | None,
     ) -> None:
         number = isinstance(deadline_seconds, (int, float)) and deadline_seconds > 0
         if deadline_seconds is not None and not number:
@@ -172,6 +180,7 @@ class _Run:
         self._closed = threading.Event()
         self._deadline_seconds = deadline_seconds
         self._meter = meter
+        self._session = session
         self._queue: queue.SimpleQueue[Step | Trace | BaseException] = queue.SimpleQueue()
 
     def events(self) -> Iterator[Step | Trace]:
@@ -249,10 +258,11 @@ class _Run:
         timing = Timing(device, meter)
         recorder = Recorder(clock_for(device), on_decode=timing.begin_decoding)
         target = CachedLM(pair.engine_target, pair.vocab_size, recorder=recorder, check=self._check)
+        drafter = self._drafter(recorder) if self.info.uses_draft else None
         budget = min(self.config.max_new_tokens, self.room)
         decisions = load_decoder(self.info.id)(
             target,
-            self._drafter(recorder) if self.info.uses_draft else None,
+            drafter,
             self.prompt_ids,
             dataclasses.replace(self.config, max_new_tokens=budget),
             torch.Generator(device).manual_seed(self.config.seed),
@@ -263,9 +273,14 @@ class _Run:
         timing.begin()
         try:
             with decoding(pair):
+                if self._session is not None:
+                    self._session.begin(pair, self.prompt_ids, target, drafter)
                 reason = self._drain(decisions, scribe)
         finally:
             windows = timing.end()
+        notes = tuple(pair.notes) if self.info.uses_draft else ()
+        if self._session is not None:
+            notes += self._leave(self._session, scribe, target, drafter)
         summary = summarize(
             scribe.steps,
             decode_seconds=timing.decode_seconds,
@@ -295,7 +310,7 @@ class _Run:
             energy=windows.decode,
             end_to_end_energy=windows.end_to_end,
             summary=summary,
-            notes=tuple(pair.notes) if self.info.uses_draft else (),
+            notes=notes,
         )
 
     def _drain(self, decisions: Iterator[Decision], scribe: Scribe) -> StopReason:
@@ -317,7 +332,20 @@ class _Run:
             return "eos"
         return "context" if self.room < self.config.max_new_tokens else "length"
 
-    def _drafter(self, recorder: Recorder) -> Drafter:
+    def _leave(
+        self, session: Session, scribe: Scribe, target: CachedLM, drafter: RecordedDrafter | None
+    ) -> tuple[str, ...]:
+        """Hands the caches to the session; says what the run had from it."""
+        emitted = (token for step in scribe.steps for token in step.decision.emitted)
+        session.end(self.pair, [*self.prompt_ids, *emitted], target, drafter)
+        if not session.reused_tokens:
+            return ()
+        return (
+            f"{session.reused_tokens:,} of {len(self.prompt_ids):,} prompt tokens were in the cache"
+            " of the conversation; the prefill read the others.",
+        )
+
+    def _drafter(self, recorder: Recorder) -> RecordedDrafter:
         drafter = as_drafter(self.pair)
         return RecordedDrafter(drafter, self.pair.vocab_size, recorder, self._check)
 
