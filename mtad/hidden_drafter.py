@@ -149,6 +149,11 @@ class HiddenDrafter:
     first, as the decoders do it.
     """
 
+    _passes: DraftPasses
+    _unread: Tensor
+    _states: Tensor
+    _tokens: Tensor
+
     def __init__(self, runnable: RunnableDraft, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.target_layers = runnable.draft.config.target_layers

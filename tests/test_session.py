@@ -85,7 +85,7 @@ PAIRS = [
 
 
 def config(**fields: Any) -> mtad.DecodeConfig:
-    given = {"max_new_tokens": 14, "top_k": 0, "top_p": 1.0, "ignore_eos": True, **fields}
+    given = {"max_new_tokens": 12, "top_k": 0, "top_p": 1.0, "ignore_eos": True, **fields}
     return mtad.DecodeConfig(**given)
 
 
@@ -112,8 +112,9 @@ def test_a_kept_cache_gives_the_tokens_of_a_fresh_one(
         for ours, theirs in zip(kept.decisions(), fresh.decisions(), strict=True):
             assert ours.tree.token_ids == theirs.tree.token_ids
             assert ours.path == theirs.path
-        again = mtad.run(method, pair, prompt_ids=prompt, config=settings, session=session)
-        assert again.token_ids == fresh.token_ids
+        if index % 3 == 1:
+            again = mtad.run(method, pair, prompt_ids=prompt, config=settings, session=session)
+            assert again.token_ids == fresh.token_ids
         # Every third answer goes on from its middle: the caches hold more than the next prompt.
         text = [*prompt, *kept.token_ids[: 5 if index % 3 == 2 else None]]
     assert session.size_bytes > 0
@@ -178,7 +179,8 @@ def test_a_text_that_began_with_one_token() -> None:
         one = mtad.run("mtad", pair, prompt_ids=[7], config=config(), session=session)
         longer = [7, *one.token_ids, 5]
         kept = mtad.run("mtad", pair, prompt_ids=longer, config=config(), session=session)
-        assert kept.token_ids == mtad.run("mtad", pair, prompt_ids=longer, config=config()).token_ids
+        fresh = mtad.run("mtad", pair, prompt_ids=longer, config=config())
+        assert kept.token_ids == fresh.token_ids
 
 
 def test_a_stopped_run_leaves_what_it_decoded() -> None:
@@ -204,9 +206,9 @@ def test_a_stopped_run_leaves_what_it_decoded() -> None:
     text = [*prompt, *trace.token_ids, 9]
     kept = mtad.run("speculative", pair, prompt_ids=text, config=config(), session=session)
     assert session.reused_tokens >= len(text) - 8
-    assert kept.token_ids == mtad.run(
-        "speculative", pair, prompt_ids=text, config=config()
-    ).token_ids
+    assert (
+        kept.token_ids == mtad.run("speculative", pair, prompt_ids=text, config=config()).token_ids
+    )
 
 
 def test_a_stop_before_the_first_pass_and_a_failure_leave_the_session_whole() -> None:
@@ -248,9 +250,10 @@ def test_another_pair_starts_anew() -> None:
     first, second = pair_of(EAGER, "model"), pair_of(NATIVE_FLOAT32, "hidden")
     session, text = Session(), turn([], 20, 0)
     mtad.run("mtad", first, prompt_ids=text, config=config(), session=session)
+    fresh = mtad.run("mtad", second, prompt_ids=text, config=config())
     for _ in range(2):
         kept = mtad.run("mtad", second, prompt_ids=text, config=config(), session=session)
-        assert kept.token_ids == mtad.run("mtad", second, prompt_ids=text, config=config()).token_ids
+        assert kept.token_ids == fresh.token_ids
     assert session.reused_tokens == len(text) - 2
 
 
@@ -275,10 +278,10 @@ def test_sessions_are_bounded_in_number_and_bytes() -> None:
     one = sessions.get("one")
     run("one", sessions)
     size = one.size_bytes
-    # Two layers of two models, keys and values of two heads of 16 floats, 30 + 14 − 1 tokens;
+    # Two layers of two models, keys and values of two heads of 16 floats, 30 + 12 − 1 tokens;
     # the draft may be a token behind.
     row = 2 * 2 * 2 * 16 * 4
-    assert 2 * row * 40 <= size <= 2 * row * 43
+    assert 2 * row * 38 <= size <= 2 * row * 41
     run("two", sessions)
     run("one", sessions)
     run("three", sessions)
@@ -331,28 +334,29 @@ QUESTIONS = (
 )
 
 
-def conversation(pair: Any, method: str, session: Session | None, **fields: Any) -> list[Any]:
+def conversation(
+    pair: Any, method: str, session: Session | None, size: int = 48, **fields: Any
+) -> list[Any]:
     messages: list[dict[str, str]] = []
     traces = []
     for question in QUESTIONS:
         messages.append({"role": "user", "content": question})
-        settings = mtad.DecodeConfig(max_new_tokens=48, seed=1, **fields)
-        traces.append(
-            mtad.run(method, pair, messages=messages, config=settings, session=session)
-        )
+        settings = mtad.DecodeConfig(max_new_tokens=size, seed=1, **fields)
+        traces.append(mtad.run(method, pair, messages=messages, config=settings, session=session))
         messages.append({"role": "assistant", "content": traces[-1].text})
     return traces
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_the_real_pair_in_float32(smollm2: Any, exact: Any, temperature: float) -> None:
+@pytest.mark.parametrize(("method", "temperature"), [("mtad", 0.0), ("speculative", 1.0)])
+def test_the_real_pair_in_float32(
+    smollm2: Any, exact: Any, method: str, temperature: float
+) -> None:
     del smollm2  # asks for all threads
     session = Session()
-    for method in ("mtad", "speculative"):
-        kept = conversation(exact, method, session, temperature=temperature)
-        assert session.reused_tokens > 100, "answers are read again as they were written"
-        fresh = conversation(exact, method, None, temperature=temperature)
-        assert [trace.token_ids for trace in kept] == [trace.token_ids for trace in fresh]
+    kept = conversation(exact, method, session, 16, temperature=temperature)
+    assert session.reused_tokens > 80, "answers are read again as they were written"
+    fresh = conversation(exact, method, None, 16, temperature=temperature)
+    assert [trace.token_ids for trace in kept] == [trace.token_ids for trace in fresh]
 
 
 def test_a_third_turn_saves_most_of_its_prefill(smollm2: Any) -> None:
