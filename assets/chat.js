@@ -164,16 +164,18 @@ class Answer {
 
   cost(view) {
     const parts = [];
-    if (view.message) parts.push(make("span", "mtad-message", view.message));
     for (const [figure, unit, why] of view.figures) {
       const part = make("span", "mtad-figure");
       part.append(make("b", "", figure), document.createTextNode(" " + unit));
       if (why) {
         part.title = why;
-        part.append(figure === "–" ? make("span", "mtad-hidden", " (" + why + ")") : make("small", "", " " + why));
+        // Why there are no joules stands once, below the conversation.
+        const hidden = figure === "–" ? "mtad-hidden" : "";
+        part.append(make("span", hidden, hidden ? " (" + why + ")" : ", " + why));
       }
       parts.push(part);
     }
+    if (view.message) parts.push(make("span", "mtad-message", view.message));
     this.figures.replaceChildren(...parts);
   }
 
@@ -196,6 +198,7 @@ class Answer {
     const asked = { traces: () => server.trace(request), resync: () => server.provenance(request) };
     const props = { value: answer, prefix: this.key.slice(0, 8) + "-" };
     drawLanes(this.lane, props, asked, () => {});
+    this.fold.scrollIntoView({ block: "nearest" });
   }
 }
 

@@ -7,7 +7,6 @@ for word.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -177,6 +176,10 @@ def chat_tab(site: Site, visit: gr.State, page: gr.Blocks) -> None:
         fresh = chats.clear(visitor)
         return encode(fresh.message()), *states(fresh)
 
+    def leave(request: gr.Request) -> None:
+        """The page of this connection was closed."""
+        chats.leave(str(request.session_hash))
+
     def settle(visitor: str) -> tuple[Any, ...]:
         return states(chats.of(visitor) if visitor else None)
 
@@ -201,12 +204,7 @@ def chat_tab(site: Site, visit: gr.State, page: gr.Blocks) -> None:
     ).then(settle, visit, buttons, queue=False, **QUIET)
     stop.click(halt, visit, [thread, *buttons], queue=False, **QUIET)
     clear.click(empty, visit, [thread, *buttons], queue=False, **QUIET)
-    page.unload(functools.partial(_leave, site))
-
-
-def _leave(site: Site, request: gr.Request) -> None:
-    """The page of this connection was closed."""
-    site.chats.leave(str(request.session_hash))
+    page.unload(leave)
 
 
 def _parameters() -> dict[str, Any]:

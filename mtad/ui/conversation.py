@@ -320,14 +320,18 @@ class Conversation:
         with self._lock:
             tokens = size()
             goal = room if tokens <= room else 3 * room // 4
+            gone = []
             for turn in self.turns[:-1]:
                 if tokens <= goal:
                     break
                 if not turn.dropped:
                     turn.dropped = True
-                    self._version += 1
+                    gone.append(turn)
                     tokens = size()
+            self._version += bool(gone)
             if tokens >= context:
+                for turn in gone:  # it was of no use
+                    turn.dropped = False
                 what = "message with the system prompt" if self.system.strip() else "message"
                 raise PromptError(
                     f"The {what} alone has {tokens:,} tokens, {tokens - context + 1:,} too many:"
