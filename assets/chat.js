@@ -219,7 +219,8 @@ function receive(message) {
   }
   if (message.tick < chat.tick) return;
   chat.tick = message.tick;
-  setText(error, message.error);
+  // What was said of a message that could not be sent stays while the answer grows.
+  if (message.turns || message.error) setText(error, message.error);
   setText(status, message.status);
   if (message.say) setText(spoken, message.say);
   root.classList.toggle("mtad-busy", message.busy);

@@ -244,8 +244,12 @@ def test_a_second_visitor_queues_and_a_closed_tab_frees_the_device(
     one, two = Chat(visit(long_chat)), Chat(visit(long_chat))
     one.ask("Hi")
     one.started(1)
+    one.ask("And more")
+    assert "An answer is still being made" in one.error()
     two.ask("Hello")
     two.page.get_by_text("queue: 1/1").wait_for()
+    assert "An answer is still being made" in one.error()
+    assert one.page.input_value(BOX) == "And more"
     # Whoever waits can leave the line, and keeps what was said.
     two.page.click("#mtad-chat-stop")
     assert "stopped before it began" in two.wait(1, "failed").inner_text()

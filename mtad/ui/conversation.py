@@ -99,6 +99,7 @@ class Answer:
     def view(self, start: int = 0) -> dict[str, Any]:
         """What is drawn, with the text from `start` on."""
         trace = self.lane.trace
+        lane = self.lane.view(len(self.lane.steps))
         return {
             "key": self.key,
             "title": self.settings.info.title,
@@ -108,7 +109,7 @@ class Answer:
             "text": self.text[start:],
             "provisional": self._provisional,
             "figures": self.figures(),
-            "message": self.lane.view(len(self.lane.steps))["message"],
+            "message": "" if self.lane.state == "waiting" else lane["message"],
             "trace": trace is not None and bool(trace.steps),
         }
 
