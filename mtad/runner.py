@@ -24,10 +24,11 @@ from transformers import PreTrainedModel
 from mtad.catalogue import MethodInfo, method_info
 from mtad.config import DecodeConfig
 from mtad.decoders import load_decoder
-from mtad.draft import RecordedDrafter
+from mtad.draft import Drafter, RecordedDrafter
 from mtad.energy import Meter
 from mtad.errors import Cancelled, ConfigError, DeadlineExceeded, PairError, PromptError
 from mtad.hidden_draft import HiddenDraft
+from mtad.iteration_costs import measure_iterations
 from mtad.lm import CachedLM, Recorder, clock_for
 from mtad.metrics import summarize
 from mtad.native import library
@@ -43,6 +44,10 @@ _LOCK_POLL_SECONDS = 0.05
 _locks: dict[str, threading.Lock] = {}
 _locks_guard = threading.Lock()
 _warmed: weakref.WeakSet[ModelPair] = weakref.WeakSet()
+# By pair, then by method and beam width. Only read and written by the run that holds the device.
+_costs: weakref.WeakKeyDictionary[ModelPair, dict[tuple[str, int], tuple[float, ...]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def device_lock(device: torch.device) -> threading.Lock:
@@ -254,6 +259,7 @@ class _Run:
         pair, device = self.pair, self.pair.device
         with contextlib.suppress(Cancelled):  # the run's own first pass says so again
             _warm_up(pair, self._check)
+            self._measure_costs()
         meter = self._meter or meter_for(pair.target, device)
         timing = Timing(device, meter)
         recorder = Recorder(clock_for(device), on_decode=timing.begin_decoding)
@@ -344,6 +350,26 @@ class _Run:
             f"{session.reused_tokens:,} of {len(self.prompt_ids):,} prompt tokens were in the cache"
             " of the conversation; the prefill read the others.",
         )
+
+    def _measure_costs(self) -> None:
+        """Fills in `iteration_costs` where the config asks for "auto" and leaves them open."""
+        info, pair, config = self.info, self.pair, self.config
+        asked = config.num_draft_tokens == "auto" and config.iteration_costs is None
+        if not asked or not info.uses_draft or "num_draft_tokens" not in info.parameters:
+            return
+        known = _costs.setdefault(pair, {})
+        key = (info.id, config.beam_width)
+        if key not in known:
+            with decoding(pair):
+                known[key] = measure_iterations(info.id, self._models, config, pair.context_length)
+        self.config = dataclasses.replace(config, iteration_costs=known[key])
+
+    def _models(self) -> tuple[CachedLM, Drafter]:
+        """Both models with empty caches, for measurements."""
+        recorder = Recorder(clock_for(self.pair.device))
+        pair = self.pair
+        target = CachedLM(pair.engine_target, pair.vocab_size, check=self._check)
+        return target, self._drafter(recorder)
 
     def _drafter(self, recorder: Recorder) -> RecordedDrafter:
         drafter = as_drafter(self.pair)
