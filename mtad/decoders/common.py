@@ -125,10 +125,14 @@ class State:
         generator: torch.Generator,
         eos_token_ids: Sequence[int],
     ) -> State:
-        """Prefills both caches with all of the prompt but its last token, which is pending."""
+        """Prefills both caches with all of the prompt but its last token, which is pending.
+
+        What the target's cache holds of the prompt already, it keeps.
+        """
         eos_ids = frozenset(() if config.ignore_eos else eos_token_ids)
         prompt = torch.tensor(prompt_ids, dtype=torch.int64, device=target.device)
-        hidden = target.prefill(prompt[:-1], draft.target_layers if draft is not None else ())
+        layers = draft.target_layers if draft is not None else ()
+        hidden = target.prefill(prompt[target.length : -1], layers)
         if draft is not None:
             draft.prefill(prompt[:-1], hidden)
         length = config.num_draft_tokens

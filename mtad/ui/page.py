@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from mtad.ui.board import encode
+from mtad.ui.chat_tab import chat_tab
 from mtad.ui.compare_tab import compare_tab
 from mtad.ui.comparison import PairSource, Stream
 from mtad.ui.endpoint import compare_endpoint
@@ -64,6 +65,8 @@ def build(source: PairSource | None = None, stream: Stream = library_stream) -> 
         page.load(new_visit, outputs=visit, queue=False, **QUIET)
         with gr.Tab("Compare"):
             compare_tab(site, visit)
+        with gr.Tab("Chat"):
+            chat_tab(site, visit, page)
         with gr.Tab("Inspect") as tab:
             inspect_tab(site, visit, tab)
         for event in (page.load, clock.tick):
