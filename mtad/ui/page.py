@@ -19,6 +19,7 @@ from mtad.ui.loading import PairLoader, header_view
 from mtad.ui.shelf import new_visit
 from mtad.ui.site import MODEL_SLOT, QUIET, Site, library_stream, script, stylesheet
 from mtad.ui.theme import theme
+from mtad.ui.tradeoff_tab import tradeoff_tab
 
 QUEUE_SIZE = 32
 
@@ -63,6 +64,8 @@ def build(source: PairSource | None = None, stream: Stream = library_stream) -> 
         page.load(new_visit, outputs=visit, queue=False, **QUIET)
         with gr.Tab("Compare"):
             compare_tab(site, visit)
+        with gr.Tab("Trade-off"):
+            tradeoff_tab(site, visit)
         for event in (page.load, clock.tick):
             event(
                 functools.partial(_tick, site.source),
