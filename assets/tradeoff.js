@@ -157,7 +157,7 @@ function draw() {
       "text-anchor": "middle",
       transform: `rotate(-90 13 ${(box.top + box.bottom) / 2})`,
     }),
-    title(box.right, box.bottom - 8, "better ↘", { "text-anchor": "end", class: "mtad-better" })
+    title(box.right, height - 6, "better ↘", { "text-anchor": "end" })
   );
   frame.append(svg("path", { class: "mtad-frame", d: `M${box.left} ${box.top}V${box.bottom}H${box.right}` }));
   if (!rows.length) {
@@ -185,17 +185,24 @@ function draw() {
   // The front: nothing is known between two settings, so it goes in steps.
   const front = rows.filter((row) => row.front[axis]).sort((a, b) => a.speed[0] - b.speed[0]);
   let path = "";
+  const edges = []; // where labels had better not be
+  let [fromX, fromY] = [box.left, 0];
   front.forEach((row, k) => {
-    const x = X(row.speed[0]).toFixed(1);
-    const y = Y(row[axis][0]).toFixed(1);
-    path += k ? `V${y}H${x}` : `M${box.left} ${y}H${x}`;
+    const [x, y] = [X(row.speed[0]), Y(row[axis][0])];
+    if (k) edges.push([fromX - 2, y, fromX + 2, fromY]);
+    edges.push([fromX, y - 2, x, y + 2]);
+    path += (k ? `V${y.toFixed(1)}` : `M${box.left} ${y.toFixed(1)}`) + `H${x.toFixed(1)}`;
+    [fromX, fromY] = [x, y];
   });
-  if (front.length) path += `V${box.top}`;
+  if (front.length) {
+    path += `V${box.top}`;
+    edges.push([fromX - 2, box.top, fromX + 2, fromY]);
+  }
   frame.append(svg("path", { class: "mtad-front", d: path }));
   points = rows
     .map((row) => ({ row, x: X(row.speed[0]), y: Y(row[axis][0]) }))
     .sort((a, b) => a.x - b.x);
-  const labels = place(points, box, narrow);
+  const labels = place(points, box, narrow, edges);
   const nodes = points.map((point, k) => {
     const { row, x, y } = point;
     const node = svg("g", { class: "mtad-point", role: "option", id: "mtad-point-" + row.n });
@@ -237,8 +244,8 @@ function whisker(row, X, Y, box) {
 }
 
 // A place for each label that covers no point and no other label, the front's first.
-function place(points, box, narrow) {
-  const taken = points.map(({ x, y }) => [x - 8, y - 8, x + 8, y + 8]);
+function place(points, box, narrow, edges) {
+  const taken = [...edges, ...points.map(({ x, y }) => [x - 8, y - 8, x + 8, y + 8])];
   const cost = ([a, b, c, d]) => {
     let found = 0;
     for (const [e, f, g, h] of taken) {
@@ -490,6 +497,8 @@ function links(run, sweep, row) {
     look.type = "button";
     look.setAttribute("aria-label", "Inspect the trace of " + run.prompt);
     look.addEventListener("click", () => {
+      // The tab's script may not have run yet: it finds the key here, or hears of it.
+      document.documentElement.dataset.mtadInspect = run.key;
       inspectTab().click();
       window.dispatchEvent(new CustomEvent("mtad-inspect", { detail: { key: run.key } }));
     });

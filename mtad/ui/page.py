@@ -16,6 +16,7 @@ from mtad.ui.compare_tab import compare_tab
 from mtad.ui.comparison import PairSource, Stream
 from mtad.ui.endpoint import compare_endpoint
 from mtad.ui.loading import PairLoader, header_view
+from mtad.ui.method_tab import method_tab
 from mtad.ui.shelf import new_visit
 from mtad.ui.site import MODEL_SLOT, QUIET, Site, library_stream, script, stylesheet
 from mtad.ui.theme import theme
@@ -66,6 +67,8 @@ def build(source: PairSource | None = None, stream: Stream = library_stream) -> 
             compare_tab(site, visit)
         with gr.Tab("Trade-off"):
             tradeoff_tab(site, visit)
+        with gr.Tab("Method") as method:
+            method_tab(site, method)
         for event in (page.load, clock.tick):
             event(
                 functools.partial(_tick, site.source),

@@ -448,7 +448,7 @@ class Sweeps:
         return before.done_of(request) if before else 0
 
     def _fitting(self, visit: str, request: SweepRequest) -> Sweep | None:
-        before = self._latest.get(visit)
+        before = self._latest.get(visit) if visit else None
         return before if before is not None and before.request.config == request.config else None
 
 

@@ -228,7 +228,7 @@ def _main_fields() -> dict[str, Any]:
             elem_id="mtad-sweep-w",
         )
     titles = ("Prompts of every kind", "Held-out prompts")
-    infos = ("From the set of the comparisons.", "From the set that the draft never saw.")
+    infos = ("From the set of the comparisons.", "From the set that mtad acceptance runs.")
     counts = {}
     with gr.Row():
         for name, title, info, default in zip(
