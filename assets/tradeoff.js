@@ -217,10 +217,6 @@ function draw() {
     if (labels[k].line) node.append(svg("path", { class: "mtad-leader", d: labels[k].line }));
     node.append(svg("circle", { cx: x, cy: y, r: 14, class: "mtad-target" }), mark(row.method, x, y, 6.5, row.front[axis]));
     node.append(svg("text", { x: labels[k].x, y: labels[k].y, class: "mtad-label" }, labels[k].text));
-    node.addEventListener("click", () => {
-      active = row.n;
-      open(row.n);
-    });
     return node;
   });
   plot.replaceChildren(frame, ...nodes);
@@ -296,6 +292,34 @@ function walk(by) {
   plot.setAttribute("aria-activedescendant", "mtad-point-" + points[at].row.n);
 }
 
+// The point under the pointer: the nearest one, as marks may lie on each other.
+function under(event) {
+  const area = plot.getBoundingClientRect();
+  const far = ({ x, y }) => Math.hypot(event.clientX - area.left - x, event.clientY - area.top - y);
+  const best = points.reduce((a, b) => (a && far(a) <= far(b) ? a : b), null);
+  const label = event.target instanceof Element ? event.target.closest(".mtad-label") : null;
+  if (label) return points.find(({ row }) => label.parentNode.id === "mtad-point-" + row.n);
+  return best && far(best) < 18 ? best : null;
+}
+
+function light(number) {
+  for (const { row } of points) {
+    plot.querySelector("#mtad-point-" + row.n).classList.toggle("mtad-lit", row.n === number);
+  }
+}
+
+plot.addEventListener("pointermove", (event) => {
+  const point = under(event);
+  light(point ? point.row.n : 0);
+  plot.style.cursor = point ? "pointer" : "";
+});
+plot.addEventListener("pointerleave", () => light(0));
+plot.addEventListener("click", (event) => {
+  const point = under(event);
+  if (!point) return;
+  active = point.row.n;
+  open(point.row.n);
+});
 plot.addEventListener("focus", () => {
   if (!active && points.length) active = points[0].row.n;
   walk(0);
@@ -356,16 +380,10 @@ function makeTable() {
       line.append(cell);
       return [value, note];
     });
-    const light = (on) => () => {
-      const node = plot.querySelector("#mtad-point-" + row.n);
-      if (node) node.classList.toggle("mtad-lit", on);
-    };
-    for (const [event, on] of [["pointerenter", true], ["pointerleave", false]]) {
-      line.addEventListener(event, light(on));
-    }
-    for (const [event, on] of [["focus", true], ["blur", false]]) {
-      button.addEventListener(event, light(on));
-    }
+    line.addEventListener("pointerenter", () => light(row.n));
+    line.addEventListener("pointerleave", () => light(0));
+    button.addEventListener("focus", () => light(row.n));
+    button.addEventListener("blur", () => light(0));
     body.append(line);
     return { line, button, cells };
   });
