@@ -187,6 +187,8 @@ def notes(now: Snapshot, sweep: Sweep) -> list[str]:
             if len(sweep.request.tasks) >= MIN_PROMPTS
             else f"; there are none, as that takes at least {MIN_PROMPTS} prompts."
         ),
+        "The front is drawn through the figures themselves; where intervals overlap, other prompts"
+        " may draw another one.",
         "A low perplexity can also come from repetition: look at the repeated 4-grams.",
     ]
     counts = {now.rows[one].prompts if one in now.rows else 0 for one in sweep.request.settings}
