@@ -18,9 +18,11 @@ from mtad.ui.comparison import PairSource, Stream
 from mtad.ui.endpoint import compare_endpoint
 from mtad.ui.inspect_tab import inspect_tab
 from mtad.ui.loading import PairLoader, header_view
+from mtad.ui.method_tab import method_tab
 from mtad.ui.shelf import new_visit
 from mtad.ui.site import MODEL_SLOT, QUIET, Site, library_stream, script, stylesheet
 from mtad.ui.theme import theme
+from mtad.ui.tradeoff_tab import tradeoff_tab
 
 QUEUE_SIZE = 32
 
@@ -69,6 +71,10 @@ def build(source: PairSource | None = None, stream: Stream = library_stream) -> 
             chat_tab(site, visit, page)
         with gr.Tab("Inspect") as tab:
             inspect_tab(site, visit, tab)
+        with gr.Tab("Trade-off"):
+            tradeoff_tab(site, visit)
+        with gr.Tab("Method") as method:
+            method_tab(site, method)
         for event in (page.load, clock.tick):
             event(
                 functools.partial(_tick, site.source),
