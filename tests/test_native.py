@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from mtad.errors import PairError
 from mtad.lm import CachedLM
+from mtad.logits import TORCH_SEARCH
 from mtad.native import library
 from mtad.native.linear import matrix
 from mtad.native.llama import NativeLlama, unsupported_reason
@@ -262,6 +263,21 @@ def test_a_nan_comes_first_and_spoils_the_sum() -> None:
     assert best[0, :2].isnan().all() and at[0, :2].tolist() == [3, 77]
     assert not best[0, 2:].isnan().any() and not best[1].isnan().any()
     assert NATIVE_SEARCH.log_sums(values).isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.88, 0.33, 1e-30])
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 1e-6])
+def test_warp_is_that_of_torch(temperature: float, top_p: float) -> None:
+    values = torch.randn(2, 3, 10).mul_(3).sort(dim=-1, descending=True).values
+    values[0, 1] = 2.5  # a flat row; none of these masses ends at one of its tenths
+    values[1, 2, 5:] = -torch.inf
+    values[1, 0, 0] = torch.nan
+    found = NATIVE_SEARCH.warp(values, temperature, top_p)
+    expected = TORCH_SEARCH.warp(values.clone(), temperature, top_p)
+    assert found[1, 0].isnan().all() and expected[1, 0].isnan().all()
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-6, equal_nan=True)
+    sums = found.exp().sum(-1)
+    assert sums[1, 1:].tolist() == pytest.approx([1, 1], abs=1e-6)
 
 
 # Threads

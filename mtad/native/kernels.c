@@ -1035,6 +1035,27 @@ void mtad_best(Context *c, const Rows *rows) { read_rows(c, best_work, rows); }
 
 void mtad_log_sums(Context *c, const Rows *rows) { read_rows(c, log_sums_work, rows); }
 
+/* Warped log-probabilities of rows of logits, which descend if top_p < 1: divided by the
+ * temperature and normalised, then only those before which less mass than top_p stands, and
+ * normalised again. The first one always stays. */
+void mtad_warp(const float *values, int rows, int columns, double temperature, double top_p,
+               float *logprobs) {
+    for (int row = 0; row < rows; row++, values += columns, logprobs += columns) {
+        double most = values[0], mass = 0.0, kept = 0.0;
+        for (int i = 1; i < columns; i++) /* a NaN, once met, stays */
+            most = values[i] > most || values[i] != values[i] ? values[i] : most;
+        for (int i = 0; i < columns; i++) mass += exp((values[i] - most) / temperature);
+        int stay = 0;
+        while (stay < columns && (stay == 0 || top_p >= 1.0 || kept < top_p * mass))
+            kept += exp((values[stay++] - most) / temperature);
+        const double total = log(kept);
+        for (int i = 0; i < columns; i++) {
+            const double scaled = (values[i] - most) / temperature;
+            logprobs[i] = mass != mass ? NAN : i < stay ? (float)(scaled - total) : -INFINITY;
+        }
+    }
+}
+
 /* Where in `text` the longest end of each of the tails [rows, size] stands with a token after it:
  * the latest such place. Its length, and the token after it (any where the length is 0). */
 void mtad_longest_match(const int64_t *text, int count, const int64_t *tails, int rows, int size,

@@ -334,6 +334,11 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         ("mtad_best", None, (_Pointer, ctypes.POINTER(Rows))),
         ("mtad_log_sums", None, (_Pointer, ctypes.POINTER(Rows))),
         (
+            "mtad_warp",
+            None,
+            (_Pointer, integer, integer, ctypes.c_double, ctypes.c_double, _Pointer),
+        ),
+        (
             "mtad_longest_match",
             None,
             (_Pointer, integer, _Pointer, integer, integer, _Pointer, _Pointer),

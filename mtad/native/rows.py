@@ -7,7 +7,11 @@ import ctypes
 import torch
 from torch import Tensor
 
+from mtad.logits import TORCH_SEARCH
 from mtad.native import library
+
+# Up to here one call is dearer than its work, and torch makes ten.
+_NARROW = 512
 
 
 class NativeSearch:
@@ -55,6 +59,23 @@ class NativeSearch:
             ),
         )
         return sums
+
+    def warp(self, values: Tensor, temperature: float, top_p: float) -> Tensor:
+        """See `Search.warp`; masses are summed in float64."""
+        if values.shape[-1] > _NARROW:
+            return TORCH_SEARCH.warp(values, temperature, top_p)
+        values = values.contiguous()
+        logprobs = torch.empty_like(values)
+        columns = values.shape[-1]
+        library.load().mtad_warp(
+            values.data_ptr(),
+            values.numel() // columns,
+            columns,
+            temperature,
+            top_p,
+            logprobs.data_ptr(),
+        )
+        return logprobs
 
 
 NATIVE_SEARCH = NativeSearch()
