@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mtad.histories import Histories
+
 
 class Search(Protocol):
     """How an engine reads rows of logits. All work in float32 and leave NaN visible."""
@@ -35,6 +37,30 @@ class Search(Protocol):
             values: float32.
             temperature: above 0.
             top_p: in (0, 1].
+        """
+
+    def grow(
+        self,
+        histories: Histories,
+        values: Tensor,
+        token_ids: Tensor,
+        width: int,
+        temperature: float,
+        top_p: float,
+        chance: Tensor,
+    ) -> Histories | None:
+        """A step of beam sampling in one go; None if the engine has no code of its own for it.
+
+        It does what `mtad.decoders.beams` does, which says what these are.
+
+        Args:
+            histories: of R slots.
+            values: [R, K] logits as for `warp`.
+            token_ids: [R, K] their tokens.
+            width: W of the next step.
+            temperature: as for `warp`.
+            top_p: as for `warp`.
+            chance: [max(R · K, W)] uniforms, float64.
         """
 
 
@@ -62,6 +88,10 @@ class TorchSearch:
             logprobs[..., 1:].masked_fill_(dropped, -torch.inf)
             logprobs = logprobs.log_softmax(-1)
         return logprobs
+
+    def grow(self, *_: object) -> None:
+        """See `Search.grow`."""
+        return None
 
 
 TORCH_SEARCH = TorchSearch()
