@@ -12,7 +12,7 @@ from torch import Tensor
 from mtad import tree
 from mtad.eager import Saved
 from mtad.errors import PairError
-from mtad.hidden_draft import Ends, HiddenDraft, Past, rms_norm
+from mtad.hidden_draft import Ends, HiddenDraft, Past
 from mtad.lm import PREFILL_CHUNK_TOKENS
 from mtad.logits import Columns, Logits
 
@@ -94,7 +94,6 @@ class EagerDraftPasses:
     def __init__(self, draft: HiddenDraft, ends: Ends) -> None:
         self._draft = draft
         self._ends = ends
-        self._norm = draft.drafting_norm
         self._past: Past | None = None
         self.zeros = draft.norm.new_zeros(0, draft.norm.shape[0])
 
@@ -119,7 +118,7 @@ class EagerDraftPasses:
             embedded.unsqueeze(0), states.unsqueeze(0), positions, mask, self._past
         )
         found: Tensor = output[0]
-        wanted = rms_norm(found[skipped:], self._norm)
+        wanted = self._draft.head_input(found[skipped:])
         return found, F.linear(wanted, self._ends.head, self._ends.bias)
 
     def crop(self, length: int) -> None:

@@ -12,9 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mtad.histories import Histories
+
 
 class Search(Protocol):
-    """How an engine reads wide rows. Both work in float32 and leave NaN visible."""
+    """How an engine reads rows of logits. All work in float32 and leave NaN visible."""
 
     def best(self, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """[rows, K] → the largest `count`, descending, and their columns, [rows, count] each.
@@ -24,6 +26,42 @@ class Search(Protocol):
 
     def log_sums(self, values: Tensor) -> Tensor:
         """[rows, K] → [rows] log Σ exp."""
+
+    def warp(self, values: Tensor, temperature: float, top_p: float) -> Tensor:
+        """[..., K] logits, descending if top_p < 1 → their warped log-probabilities.
+
+        Normalised over the K; −∞ where top_p filters a token out. The one that crosses top_p
+        stays, and so does the first one.
+
+        Args:
+            values: float32.
+            temperature: above 0.
+            top_p: in (0, 1].
+        """
+
+    def grow(
+        self,
+        histories: Histories,
+        values: Tensor,
+        token_ids: Tensor,
+        width: int,
+        temperature: float,
+        top_p: float,
+        chance: Tensor,
+    ) -> Histories | None:
+        """A step of beam sampling in one go; None if the engine has no code of its own for it.
+
+        It does what `mtad.decoders.beams` does, which says what these are.
+
+        Args:
+            histories: of R slots.
+            values: [R, K] logits as for `warp`.
+            token_ids: [R, K] their tokens.
+            width: W of the next step.
+            temperature: as for `warp`.
+            top_p: as for `warp`.
+            chance: [max(R · K, W)] uniforms, float64.
+        """
 
 
 class TorchSearch:
@@ -37,6 +75,23 @@ class TorchSearch:
     def log_sums(self, values: Tensor) -> Tensor:
         """See `Search.log_sums`."""
         return values.float().logsumexp(-1)
+
+    def warp(self, values: Tensor, temperature: float, top_p: float) -> Tensor:
+        """See `Search.warp`."""
+        # The maximum goes first: a tiny temperature must not overflow.
+        scaled = (values - values.amax(-1, keepdim=True)) / temperature
+        logprobs = scaled.log_softmax(-1)
+        if top_p < 1.0:
+            mass_before = logprobs.exp().cumsum(-1)[..., :-1]
+            # The first stays whatever top_p is: one that float32 rounds to 0 keeps it alone.
+            dropped = (mass_before >= top_p) & (mass_before > 0.0)
+            logprobs[..., 1:].masked_fill_(dropped, -torch.inf)
+            logprobs = logprobs.log_softmax(-1)
+        return logprobs
+
+    def grow(self, *_: object) -> None:
+        """See `Search.grow`."""
+        return None
 
 
 TORCH_SEARCH = TorchSearch()

@@ -102,15 +102,7 @@ def warp(logits: Tensor | Logits, config: DecodeConfig) -> Warped:
         token_ids = logits.tokens_at(columns)
     else:
         values, token_ids = logits.values.float(), logits.tokens()
-    # The maximum goes first: a tiny temperature must not overflow.
-    scaled = (values - values.amax(-1, keepdim=True)) / config.temperature
-    logprobs = scaled.log_softmax(-1)
-    if config.top_p < 1.0:
-        mass_before = logprobs.exp().cumsum(-1)[..., :-1]
-        # The first token stays whatever top_p is: one that float32 rounds to 0 keeps it alone.
-        dropped = (mass_before >= config.top_p) & (mass_before > 0.0)
-        logprobs[..., 1:].masked_fill_(dropped, -torch.inf)
-        logprobs = logprobs.log_softmax(-1)
+    logprobs = logits.search.warp(values, config.temperature, config.top_p)
     return Warped(token_ids, logprobs, logits.vocab_size)
 
 

@@ -23,7 +23,7 @@ LAYERS = (
     {"config"},
     {"catalogue", "trace"},
     {"whatif", "metrics", "pace", "presets", "wheel", "text"},
-    {"fetch", "energy", "inspection"},
+    {"fetch", "energy", "histories", "inspection"},
     {"loading", "logits"},
     {"ballast", "hidden_draft", "sampling", "tree"},
     {"draft_files", "eager", "verify"},

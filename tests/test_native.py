@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import mtad
+from mtad.decoders.beams import Beams
 from mtad.errors import PairError
 from mtad.lm import CachedLM
+from mtad.logits import TORCH_SEARCH, Logits
 from mtad.native import library
 from mtad.native.linear import matrix
 from mtad.native.llama import NativeLlama, unsupported_reason
@@ -262,6 +265,51 @@ def test_a_nan_comes_first_and_spoils_the_sum() -> None:
     assert best[0, :2].isnan().all() and at[0, :2].tolist() == [3, 77]
     assert not best[0, 2:].isnan().any() and not best[1].isnan().any()
     assert NATIVE_SEARCH.log_sums(values).isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.88, 0.33, 1e-30])
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 1e-6])
+def test_warp_is_that_of_torch(temperature: float, top_p: float) -> None:
+    values = torch.randn(2, 3, 10).mul_(3).sort(dim=-1, descending=True).values
+    values[0, 1] = 2.5  # a flat row; none of these masses ends at one of its tenths
+    values[1, 2, 5:] = -torch.inf
+    values[1, 0, 0] = torch.nan
+    found = NATIVE_SEARCH.warp(values, temperature, top_p)
+    expected = TORCH_SEARCH.warp(values.clone(), temperature, top_p)
+    assert found[1, 0].isnan().all() and expected[1, 0].isnan().all()
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=2e-6, equal_nan=True)
+    sums = found.exp().sum(-1)
+    assert sums[1, 1:].tolist() == pytest.approx([1, 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 4, 13])
+def test_a_step_of_beam_sampling_is_that_of_torch(width: int) -> None:
+    """To the token, past ends of sequences and with slots that stay dead."""
+    config = mtad.DecodeConfig(top_k=3, top_p=0.8)
+    beams: list[Beams] = [Beams.root(torch.device("cpu"))] * 2
+    generators = [torch.Generator().manual_seed(7) for _ in beams]
+    for step in range(6):
+        values = 3 * torch.randn(beams[0].joint.shape[0], 9)
+        for at, search in enumerate((TORCH_SEARCH, NATIVE_SEARCH)):
+            logits = Logits(values, search=search)
+            beams[at] = beams[at].grow(
+                logits, width, config, generators[at], lambda ids: ids % 4 == 0, record=2
+            )
+        ours, theirs = vars(beams[1]), vars(beams[0])
+        living = beams[0].joint > -torch.inf
+        assert torch.equal(beams[1].joint > -torch.inf, living) and living.any(), step
+        for name in ours:
+            torch.testing.assert_close(ours[name][living], theirs[name][living], msg=name)
+    assert not beams[0].real[living].all(), "none of them ended early"
+
+
+def test_a_nan_spoils_a_step_of_beam_sampling() -> None:
+    values = torch.randn(1, 9)
+    values[0, 5] = torch.nan
+    config, generator = mtad.DecodeConfig(top_k=3), torch.Generator()
+    logits = Logits(values, search=NATIVE_SEARCH)
+    grown = Beams.root(values.device).grow(logits, 4, config, generator, lambda ids: ids < 0)
+    assert grown.joint.isnan().all() and grown.logprobs.isnan().all()
 
 
 # Threads

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mtad.config import DecodeConfig
+from mtad.histories import Histories
 from mtad.logits import Logits
 from mtad.sampling import (
     Warped,
@@ -36,29 +37,14 @@ def beam_weights(joint_logprobs: Tensor) -> Tensor:
 
 
 @dataclass
-class Beams:
-    """W hypotheses after s steps. A slot with joint −∞ is dead: it holds no hypothesis.
+class Beams(Histories):
+    """The hypotheses, with what is recorded beside them.
 
     Attributes:
-        token_ids: [W, s] the tokens; after an end-of-sequence padded with it.
-        logprobs: [W, s] their conditional log-probabilities, 0 for padding.
-        nodes: [W, s] which slot of step s held the hypothesis: (step index) · W + slot.
-        real: [W, s] bool, False for padding and in dead slots.
-        joint: [W] joint log-probability of the scored conditionals, float64; NaN in all slots
-            once the model gave a NaN, and so is the latest log-probability.
-        finished: [W] bool.
-        came_from: [W] slot of the step before that each hypothesis continues.
         raw_logprobs: [W, s] of the unwarped model; only with `record`.
         alternative_ids, alternative_logprobs: [W, s, 5]; only with `record`.
     """
 
-    token_ids: Tensor
-    logprobs: Tensor
-    nodes: Tensor
-    real: Tensor
-    joint: Tensor
-    finished: Tensor
-    came_from: Tensor
     raw_logprobs: Tensor
     alternative_ids: Tensor
     alternative_logprobs: Tensor
@@ -81,15 +67,6 @@ class Beams:
             alternative_ids=ids.unsqueeze(-1),
             alternative_logprobs=none.unsqueeze(-1),
         )
-
-    @property
-    def steps(self) -> int:
-        """Tokens in each hypothesis, padding included."""
-        return self.token_ids.shape[1]
-
-    def best(self) -> Tensor:
-        """Slot of the hypothesis with the largest joint, as a tensor of one element."""
-        return self.joint.argmax().view(1)
 
     def grow(
         self,
@@ -116,16 +93,49 @@ class Beams:
             record: how many alternatives to record; 0 records neither these nor raw_logprobs.
         """
         logits = Logits.of(logits)
-        scored = score(logits, config)
+        columns, chance = logits.values.shape[-1], None
+        narrow = 0 < config.top_k < columns and config.temperature > 0.0
+        if config.temperature > 0.0:
+            count = self.joint.shape[0] * (config.top_k if narrow else columns)
+            chance = uniforms(generator, max(count, width))
+        grown = None
+        if narrow and chance is not None:
+            grown = logits.search.grow(
+                self,
+                *logits.best(config.top_k),
+                width,
+                config.temperature,
+                config.top_p,
+                chance,
+            )
+        if grown is None:
+            grown = self._grown(score(logits, config), width, chance)
+        token, slot = grown.token_ids[:, -1], grown.came_from
+        beams = Beams(
+            **vars(grown),
+            raw_logprobs=self.raw_logprobs,
+            alternative_ids=self.alternative_ids,
+            alternative_logprobs=self.alternative_logprobs,
+        )
+        beams.finished = grown.finished | is_eos(token)
+        if record:
+            ids, logprobs = top_alternatives(logits, record)
+            raw = token_logprobs(logits, token, slot)
+            beams.raw_logprobs = _append(self.raw_logprobs[slot], raw)
+            beams.alternative_ids = _append_rows(self.alternative_ids, slot, ids)
+            beams.alternative_logprobs = _append_rows(self.alternative_logprobs, slot, logprobs)
+        return beams
+
+    def _grown(self, scored: Warped, width: int, chance: Tensor | None) -> Histories:
+        """`grow` without the ends of sequences; the largest are taken without `chance`."""
         choices = self._continuations(scored)  # [W, K], log-probabilities
         candidates = (self.joint.unsqueeze(-1) + choices).flatten()
         if candidates.shape[0] < width:
             missing = width - candidates.shape[0]
             candidates = torch.nn.functional.pad(candidates, (0, missing), value=-torch.inf)
-        if config.temperature == 0.0:
+        if chance is None:
             picked = candidates.topk(width).indices
         else:
-            chance = uniforms(generator, candidates.shape[0])
             picked = draw_distinct(beam_weights(candidates), chance, width)
         # A NaN anywhere makes every choice of this step meaningless: it must not go unseen.
         broken = candidates.isnan().any()
@@ -142,25 +152,15 @@ class Beams:
         alive = joint > -torch.inf
         first_node = self.steps * width
         here = torch.arange(first_node, first_node + width, device=slot.device)
-        grown = Beams(
+        return Histories(
             token_ids=_append(token_ids, token),
             logprobs=_append(self.logprobs.index_select(0, slot), logprob),
             nodes=_append(self.nodes.index_select(0, slot), here),
             real=_append(self.real.index_select(0, slot), alive & ~was_finished),
             joint=joint,
-            finished=was_finished | is_eos(token) | ~alive,
+            finished=was_finished | ~alive,
             came_from=slot,
-            raw_logprobs=self.raw_logprobs,
-            alternative_ids=self.alternative_ids,
-            alternative_logprobs=self.alternative_logprobs,
         )
-        if record:
-            ids, logprobs = top_alternatives(logits, record)
-            raw = token_logprobs(logits, token, slot)
-            grown.raw_logprobs = _append(self.raw_logprobs[slot], raw)
-            grown.alternative_ids = _append_rows(self.alternative_ids, slot, ids)
-            grown.alternative_logprobs = _append_rows(self.alternative_logprobs, slot, logprobs)
-        return grown
 
     def _continuations(self, scored: Warped) -> Tensor:
         """[W, K] log-probabilities: a finished hypothesis has one continuation, itself."""

@@ -14,6 +14,7 @@
  * own inner product; everything else is plain C over vectors of sixteen lanes. Knows tensors
  * as pointers and nothing of Python; see `mtad.native.library` for the calls. */
 
+#include <float.h>
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
@@ -1034,6 +1035,99 @@ static void read_rows(Context *c, void (*work)(void *, int, void *), const Rows 
 void mtad_best(Context *c, const Rows *rows) { read_rows(c, best_work, rows); }
 
 void mtad_log_sums(Context *c, const Rows *rows) { read_rows(c, log_sums_work, rows); }
+
+/* Warped log-probabilities of rows of logits, which descend if top_p < 1: divided by the
+ * temperature and normalised, then only those before which less mass than top_p stands, and
+ * normalised again. The first one always stays. */
+void mtad_warp(const float *values, int rows, int columns, double temperature, double top_p,
+               float *logprobs) {
+    for (int row = 0; row < rows; row++, values += columns, logprobs += columns) {
+        double most = values[0], mass = 0.0, kept = 0.0;
+        for (int i = 1; i < columns; i++) /* a NaN, once met, stays */
+            most = values[i] > most || values[i] != values[i] ? values[i] : most;
+        for (int i = 0; i < columns; i++) mass += exp((values[i] - most) / temperature);
+        int stay = 0;
+        while (stay < columns && (stay == 0 || top_p >= 1.0 || kept < top_p * mass))
+            kept += exp((values[stay++] - most) / temperature);
+        const double total = log(kept);
+        for (int i = 0; i < columns; i++) {
+            const double scaled = (values[i] - most) / temperature;
+            logprobs[i] = mass != mass ? NAN : i < stay ? (float)(scaled - total) : -INFINITY;
+        }
+    }
+}
+
+typedef struct {
+    const float *values;       /* [rows, columns] as for mtad_warp */
+    const int64_t *candidates; /* [rows, columns] their tokens */
+    const double *chance;      /* uniforms: [rows * columns], or [width] where that is more */
+    int32_t rows, columns;
+    int32_t steps; /* tokens in every hypothesis so far */
+    int32_t width; /* hypotheses of the next step */
+    double temperature, top_p;
+    /* Of the hypotheses so far, [rows, steps] and [rows] ... */
+    const int64_t *token_ids;
+    const float *logprobs;
+    const int64_t *nodes;
+    const uint8_t *real;
+    const double *joint;
+    const uint8_t *finished;
+    /* ... and of the next ones, [width, steps + 1] and [width]. */
+    int64_t *new_token_ids;
+    float *new_logprobs;
+    int64_t *new_nodes;
+    uint8_t *new_real;
+    double *new_joint;
+    uint8_t *new_finished;
+    int64_t *came_from;
+    float *choices; /* [rows, columns], overwritten */
+    double *races;  /* as many as `chance`, overwritten */
+} Growth;
+
+/* A step of beam sampling: `width` distinct continuations, drawn by an exponential race with the
+ * joint probabilities as weights. A finished hypothesis continues to itself alone. Ends of
+ * sequences are the caller's. */
+void mtad_grow(const Growth *g) {
+    const int columns = g->columns, count = g->rows * columns, steps = g->steps;
+    mtad_warp(g->values, g->rows, columns, g->temperature, g->top_p, g->choices);
+    int broken = 0;
+    for (int row = 0; row < g->rows; row++) {
+        float *choices = g->choices + (size_t)row * (size_t)columns;
+        for (int i = 0; i < columns; i++) {
+            if (g->finished[row]) choices[i] = i ? -INFINITY : 0.0f;
+            const int at = row * columns + i;
+            const double weight = g->joint[row] + choices[i];
+            const double wait = fmax(-log1p(-g->chance[at]), DBL_MIN);
+            broken |= weight != weight;
+            g->races[at] = weight - log(wait);
+        }
+    }
+    for (int slot = 0; slot < g->width; slot++) {
+        int best = -1;
+        for (int i = 0; i < count; i++)
+            if (g->races[i] == g->races[i] && (best < 0 || g->races[i] > g->races[best])) best = i;
+        /* Without a candidate left, the slot is dead; it points anywhere. */
+        const int at = best < 0 ? count - 1 : best, row = at / columns;
+        const double joint =
+            broken ? NAN : best < 0 ? -INFINITY : g->joint[row] + g->choices[at];
+        if (best >= 0) g->races[best] = NAN;
+        const size_t from = (size_t)row * (size_t)steps, to = (size_t)slot * (size_t)(steps + 1);
+        memcpy(g->new_token_ids + to, g->token_ids + from, (size_t)steps * sizeof(int64_t));
+        memcpy(g->new_logprobs + to, g->logprobs + from, (size_t)steps * sizeof(float));
+        memcpy(g->new_nodes + to, g->nodes + from, (size_t)steps * sizeof(int64_t));
+        memcpy(g->new_real + to, g->real + from, (size_t)steps);
+        const int ended = g->finished[row], alive = joint > -INFINITY;
+        const size_t last = to + (size_t)steps;
+        g->new_token_ids[last] =
+            ended && steps ? g->token_ids[from + (size_t)steps - 1] : g->candidates[at];
+        g->new_logprobs[last] = broken ? NAN : g->choices[at];
+        g->new_nodes[last] = (int64_t)steps * g->width + slot;
+        g->new_real[last] = alive && !ended;
+        g->new_joint[slot] = joint;
+        g->new_finished[slot] = ended || !alive;
+        g->came_from[slot] = row;
+    }
+}
 
 /* Where in `text` the longest end of each of the tails [rows, size] stands with a token after it:
  * the latest such place. Its length, and the token after it (any where the length is 0). */

@@ -138,6 +138,9 @@ class Step(ctypes.Structure):
     )
 
 
+_HISTORIES = ("token_ids", "logprobs", "nodes", "real", "joint", "finished", "came_from")
+
+
 class Rows(ctypes.Structure):
     """`Rows` of kernels.c."""
 
@@ -150,6 +153,26 @@ class Rows(ctypes.Structure):
         ("best", _Pointer),
         ("at", _Pointer),
         ("sums", _Pointer),
+    )
+
+
+class Growth(ctypes.Structure):
+    """`Growth` of kernels.c."""
+
+    _fields_ = (
+        ("values", _Pointer),
+        ("candidates", _Pointer),
+        ("chance", _Pointer),
+        ("rows", ctypes.c_int32),
+        ("columns", ctypes.c_int32),
+        ("steps", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("temperature", ctypes.c_double),
+        ("top_p", ctypes.c_double),
+        *((f"old_{name}", _Pointer) for name in _HISTORIES[:-1]),
+        *((f"new_{name}", _Pointer) for name in _HISTORIES),
+        ("choices", _Pointer),
+        ("races", _Pointer),
     )
 
 
@@ -333,6 +356,12 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         ("mtad_read", integer, (_Pointer, ctypes.POINTER(Draft), _Pointer, _Pointer, integer)),
         ("mtad_best", None, (_Pointer, ctypes.POINTER(Rows))),
         ("mtad_log_sums", None, (_Pointer, ctypes.POINTER(Rows))),
+        (
+            "mtad_warp",
+            None,
+            (_Pointer, integer, integer, ctypes.c_double, ctypes.c_double, _Pointer),
+        ),
+        ("mtad_grow", None, (ctypes.POINTER(Growth),)),
         (
             "mtad_longest_match",
             None,

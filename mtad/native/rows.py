@@ -7,7 +7,12 @@ import ctypes
 import torch
 from torch import Tensor
 
+from mtad.histories import Histories
+from mtad.logits import TORCH_SEARCH
 from mtad.native import library
+
+# Up to here one call is dearer than its work, and torch makes ten.
+_NARROW = 512
 
 
 class NativeSearch:
@@ -55,6 +60,73 @@ class NativeSearch:
             ),
         )
         return sums
+
+    def warp(self, values: Tensor, temperature: float, top_p: float) -> Tensor:
+        """See `Search.warp`; masses are summed in float64."""
+        if values.shape[-1] > _NARROW:
+            return TORCH_SEARCH.warp(values, temperature, top_p)
+        values = values.contiguous()
+        logprobs = torch.empty_like(values)
+        columns = values.shape[-1]
+        library.load().mtad_warp(
+            values.data_ptr(),
+            values.numel() // columns,
+            columns,
+            temperature,
+            top_p,
+            logprobs.data_ptr(),
+        )
+        return logprobs
+
+    def grow(
+        self,
+        histories: Histories,
+        values: Tensor,
+        token_ids: Tensor,
+        width: int,
+        temperature: float,
+        top_p: float,
+        chance: Tensor,
+    ) -> Histories | None:
+        """See `Search.grow`."""
+        rows, columns = values.shape
+        if columns > _NARROW:
+            return None
+        steps = histories.steps
+        old = [
+            held.contiguous()
+            for held in (
+                histories.token_ids,
+                histories.logprobs,
+                histories.nodes,
+                histories.real,
+                histories.joint,
+                histories.finished,
+            )
+        ]
+        new = Histories(
+            token_ids=old[0].new_empty(width, steps + 1),
+            logprobs=old[1].new_empty(width, steps + 1),
+            nodes=old[2].new_empty(width, steps + 1),
+            real=old[3].new_empty(width, steps + 1),
+            joint=old[4].new_empty(width),
+            finished=old[5].new_empty(width),
+            came_from=old[0].new_empty(width),
+        )
+        values, token_ids = values.contiguous(), token_ids.contiguous()
+        choices, races = torch.empty_like(values), torch.empty_like(chance)
+        library.load().mtad_grow(
+            ctypes.byref(
+                library.Growth(
+                    *(values.data_ptr(), token_ids.data_ptr(), chance.data_ptr()),
+                    *(rows, columns, steps, width, temperature, top_p),
+                    *(held.data_ptr() for held in old),
+                    *(held.data_ptr() for held in vars(new).values()),
+                    *(choices.data_ptr(), races.data_ptr()),
+                )
+            )
+        )
+        return new
 
 
 NATIVE_SEARCH = NativeSearch()
