@@ -87,8 +87,8 @@ class Visit:
         page.on("request", lambda request: self._request(request.url, address))
         page.goto(address)
         page.wait_for_selector("#mtad-run")
-        # The scripts of the components have run when the board has its hint.
-        page.wait_for_selector(".mtad-hint")
+        # The scripts of the components have run when the board has its hint, or a recording.
+        page.wait_for_selector("#mtad-board :is(.mtad-hint:not([hidden]), .mtad-lane)")
 
     def _console(self, message: Any) -> None:
         if message.type == "error":

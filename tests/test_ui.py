@@ -32,7 +32,7 @@ from mtad.ui.board import Board, encode
 from mtad.ui.comparison import Comparison, Comparisons, check_request, play
 from mtad.ui.lanes import Lane, energy_meter
 from mtad.ui.loading import LoadStatus, PairLoader, header_view
-from mtad.ui.results import power, results_csv, results_table
+from mtad.ui.results import results_table
 from mtad.ui.steps import columns, duration, headline, number, step_view, visible
 
 HOSTILE = (

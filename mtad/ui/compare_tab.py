@@ -235,12 +235,14 @@ def compare_tab(site: Site, visit: gr.State, page: gr.Blocks) -> None:
         api_visibility="private",
     )
     chosen.change(
-        _show_fields, chosen, [*fields.values(), unread], queue=False, trigger_mode="always_last",
+        _show_fields,
+        chosen,
+        [*fields.values(), unread],
+        queue=False,
+        trigger_mode="always_last",
         **QUIET,
     )
-    gr.on(
-        [component.change for component in form], None, form, js=_KEEP, api_visibility="private"
-    )
+    gr.on([component.change for component in form], None, form, js=_KEEP, api_visibility="private")
     page.load(fill, share, [*form, share], js=_RECALL, queue=False, **QUIET)
 
 
