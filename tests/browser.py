@@ -118,7 +118,11 @@ class Visit:
             assert box.input_value() == str(value)
 
     def run(self) -> None:
+        """Presses Run; returns when the board holds that run, or says why there is none."""
         self.page.click("#mtad-run")
+        self.page.wait_for_selector(
+            ".mtad-board:is(:not(:has(.mtad-recorded)), :has(.mtad-error:not(:empty)))"
+        )
 
     def wait(self, seconds: float = 240) -> None:
         self.page.wait_for_selector(".mtad-board.mtad-over", timeout=seconds * 1000)
