@@ -30,6 +30,12 @@ class TableLM:
         self._nodes: list[tuple[int, ...]] = []
         self._rows: dict[tuple[int, ...], Tensor] = {}
 
+    def fresh(self) -> TableLM:
+        """The same model with an empty cache."""
+        other = TableLM(self.vocab_size, self._seed, self._sharpness)
+        other._rows = self._rows
+        return other
+
     @property
     def nodes(self) -> int:
         return len(self._nodes)

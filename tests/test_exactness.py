@@ -169,7 +169,8 @@ def test_the_joint_law_of_the_next_tokens_is_the_targets(
     enumerating(branches, {"speculative": speculative, "specinfer": specinfer}[method], monkeypatch)
 
     def program() -> tuple[int, ...]:
-        decisions = load_decoder(method)(target, draft, PROMPT, config, torch.Generator())
+        models = target.fresh(), draft.fresh()
+        decisions = load_decoder(method)(*models, PROMPT, config, torch.Generator())
         return tuple(token for decision in decisions for token in decision.emitted)
 
     law = branches.explore(program)
@@ -192,7 +193,7 @@ def test_the_enumeration_notices_a_wrong_rule(monkeypatch: pytest.MonkeyPatch) -
 
     def program() -> tuple[int, ...]:
         decode = load_decoder("speculative")
-        decisions = decode(target, draft, PROMPT, config, torch.Generator())
+        decisions = decode(target.fresh(), draft.fresh(), PROMPT, config, torch.Generator())
         return tuple(token for decision in decisions for token in decision.emitted)
 
     law = branches.explore(program)
