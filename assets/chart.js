@@ -57,7 +57,7 @@ class Chart {
     for (const tick of across.ticks) {
       const at = y(tick).toFixed(1);
       all.push(
-        svg("line", { x1: left, x2: width - right, y1: at, y2: at, class: "mtad-grid" }),
+        svg("line", { x1: left, x2: width - right, y1: at, y2: at, class: "mtad-chart-grid" }),
         svg("text", { x: left - 8, y: at, dy: "0.35em", class: "mtad-tick mtad-end" },
           tick.toFixed(across.digits))
       );

@@ -21,7 +21,7 @@ const notes = make("ul", "mtad-notes");
 const spoken = make("div", "mtad-hidden");
 spoken.setAttribute("role", "status");
 spoken.setAttribute("aria-live", "polite");
-const source = make("div", "mtad-source");
+const source = make("div", "mtad-run-source");
 const legend = makeLegend();
 const topBox = make("div", "mtad-top");
 const lanesBox = make("div", "mtad-lanes");
@@ -33,7 +33,7 @@ const hint = make(
   "Press Run: each method answers the same prompt with the same models, one after another. " +
     "You will see which words came for free from the small draft model, and what each answer cost."
 );
-const bar = make("div", "mtad-bar");
+const bar = make("div", "mtad-lane-bar");
 bar.append(legend, topBox);
 root.replaceChildren(error, status, source, bar, hint, lanesBox, notes, underBox, tableBox, spoken);
 
@@ -378,7 +378,7 @@ function fileName(run, what, ending) {
 }
 
 // ---------------------------------------------------------------- where it was made
-const origin = make("span", "mtad-origin");
+const origin = make("span", "mtad-run-origin");
 const gallery = make("select", "mtad-gallery");
 gallery.setAttribute("aria-label", "Recorded comparisons");
 gallery.addEventListener("change", async () => {

@@ -55,7 +55,7 @@ function drawExample(pass) {
     box.replaceChildren(make("p", "", "This installation has no recorded pass."));
     return;
   }
-  const picture = svg("svg", { class: "mtad-pass", role: "img" });
+  const picture = svg("svg", { class: "mtad-method-pass", role: "img" });
   picture.setAttribute("aria-label", pass.sentences.join(" "));
   const steps = make("ol", "mtad-pass-steps");
   for (const sentence of pass.sentences) steps.append(make("li", "", sentence));
@@ -68,7 +68,7 @@ function drawExample(pass) {
   });
   const words = make("div", "mtad-pass-words");
   words.append(steps, table(pass.columns, rows, "Figures of the pass"));
-  box.replaceChildren(picture, words, make("p", "mtad-source", pass.source));
+  box.replaceChildren(picture, words, make("p", "mtad-method-source", pass.source));
   const redraw = () => drawPass(picture, pass);
   redraw();
   new ResizeObserver(redraw).observe(box);
@@ -118,7 +118,7 @@ function drawPass(picture, pass) {
     transform: `translate(12 ${(top + bottom) / 2}) rotate(-90)` }, "joint ratio, log p/q");
   parts.push(title);
   for (let value = Math.ceil(low); value <= high; value += 1) {
-    line(`M${left} ${Y(value)}H${width - 4}`, "mtad-grid");
+    line(`M${left} ${Y(value)}H${width - 4}`, "mtad-method-grid");
     text(left - 6, Y(value) + 4, String(value).replace("-", "−"), "mtad-pass-faint", "end");
   }
   line(`M${left} ${Y(pass.limit)}H${width - 4}`, "mtad-pass-limit");

@@ -24,7 +24,7 @@ const error = make("div", "mtad-error");
 error.setAttribute("role", "alert");
 const status = make("div", "mtad-status");
 const remaining = make("span", "mtad-remaining");
-const bar = make("progress", "mtad-bar");
+const bar = make("progress", "mtad-sweep-bar");
 bar.setAttribute("aria-label", "finished runs");
 bar.hidden = true;
 const progress = make("div", "mtad-progress");
@@ -36,7 +36,7 @@ const hint = make(
     "fast it is, and how probable the target finds what it wrote. Between two runs the device is " +
     "given back, so other visitors wait for one run at most."
 );
-const chartBox = make("section", "mtad-chart");
+const chartBox = make("section", "mtad-sweep-chart");
 chartBox.hidden = true;
 const tableBox = make("section", "mtad-sweep-table");
 const pair = make("div", "mtad-sweep-pair");
@@ -55,10 +55,10 @@ const choices = make("fieldset", "mtad-axes");
 choices.setAttribute("aria-labelledby", title.id);
 const radios = {};
 for (const name of ["perplexity", "joules"]) {
-  const choice = make("label", "mtad-axis");
+  const choice = make("label", "mtad-sweep-axis");
   radios[name] = make("input");
   radios[name].type = "radio";
-  radios[name].name = "mtad-axis";
+  radios[name].name = "mtad-sweep-axis";
   radios[name].checked = name === "perplexity";
   radios[name].addEventListener("change", () => {
     axis = name;
@@ -174,12 +174,12 @@ function draw() {
   const Y = (value) => box.bottom - ((value - yLow) / (yHigh - yLow)) * (box.bottom - box.top);
   for (const [value, text] of ticks(xLow, xHigh, narrow ? 4 : 6)) {
     const x = X(value).toFixed(1);
-    frame.append(svg("path", { class: "mtad-grid", d: `M${x} ${box.top}V${box.bottom}` }));
+    frame.append(svg("path", { class: "mtad-sweep-grid", d: `M${x} ${box.top}V${box.bottom}` }));
     frame.append(svg("text", { x, y: box.bottom + 17, class: "mtad-tick", "text-anchor": "middle" }, text));
   }
   for (const [value, text] of ticks(yLow, yHigh, 5)) {
     const y = Y(value);
-    frame.append(svg("path", { class: "mtad-grid", d: `M${box.left} ${y.toFixed(1)}H${box.right}` }));
+    frame.append(svg("path", { class: "mtad-sweep-grid", d: `M${box.left} ${y.toFixed(1)}H${box.right}` }));
     frame.append(svg("text", { x: box.left - 7, y: y + 4, class: "mtad-tick", "text-anchor": "end" }, text));
   }
   // The front: nothing is known between two settings, so it goes in steps.
@@ -478,7 +478,7 @@ async function listRuns(scroll) {
     const line = make("tr");
     const prompt = make("th");
     prompt.scope = "row";
-    prompt.append(make("span", "mtad-prompt", run.text), make("span", "mtad-note", `${run.kind}, ${run.prompt}`));
+    prompt.append(make("span", "mtad-sweep-prompt", run.text), make("span", "mtad-note", `${run.kind}, ${run.prompt}`));
     line.append(prompt);
     for (const text of run.cells) line.append(make("td", "", text));
     line.append(links(run, sweep, row));

@@ -40,9 +40,9 @@ def test_what_is_true_of_this_machine(app: str, visit: Any) -> None:
 
     drawn = example()
     assert drawn is not None
-    figures = page.locator(".mtad-pass .mtad-pass-figure").all_text_contents()
+    figures = page.locator(".mtad-method-pass .mtad-pass-figure").all_text_contents()
     assert figures == [row["cells"][2] for row in drawn["rows"]]
-    assert page.locator(".mtad-pass .mtad-pass-yes").count() == sum(
+    assert page.locator(".mtad-method-pass .mtad-pass-yes").count() == sum(
         row["passes"] for row in drawn["rows"]
     )
     assert page.locator(".mtad-pass-accepted").count() == drawn["accepted"]

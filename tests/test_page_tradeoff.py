@@ -16,7 +16,7 @@ from tests.browser import CONTRAST
 
 pytestmark = pytest.mark.timeout(600)
 
-DONE = "() => document.querySelector('.mtad-bar')?.value ?? -1"
+DONE = "() => document.querySelector('.mtad-sweep-bar')?.value ?? -1"
 
 
 def open_tab(page: Any) -> None:
@@ -168,7 +168,7 @@ def test_a_sweep_is_stopped_goes_on_and_opens_its_traces(
     assert rates == [float(line["tokens_per_second"]) for line in lines]
 
     # A reason stands where energy is not measured, and Clear begins anew.
-    if page.locator(".mtad-axis input").nth(1).is_disabled():
+    if page.locator(".mtad-sweep-axis input").nth(1).is_disabled():
         assert len(page.inner_text(".mtad-why")) > 10
     page.click("#mtad-sweep-clear")
     page.wait_for_selector("#mtad-sweep .mtad-hint:visible")

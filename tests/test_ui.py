@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import pytest
 from mtad.catalogue import method_info
 from mtad.config import DecodeConfig
 from mtad.errors import BudgetError, Cancelled, ConfigError, FetchError, PromptError
+from mtad.shipped import ASSETS
 from mtad.trace import (
     Decision,
     DraftTree,
@@ -640,3 +642,17 @@ class TestLoading:
         assert "/secret" not in loader.status().text
         assert "KeyError" in loader.status().text
         assert "/secret/path" in caplog.text
+
+
+def test_a_class_is_styled_by_one_sheet() -> None:
+    """All sheets hold for the whole page: what two of them style alike has to be in page.css."""
+    first = re.compile(r"^\s*(\.mtad-[a-z-]+)(?=[\s,{:[.])", re.MULTILINE)
+    shared = set(first.findall((ASSETS / "page.css").read_text(encoding="utf-8")))
+    owners: dict[str, set[str]] = {}
+    for sheet in ASSETS.glob("*.css"):
+        if sheet.name != "page.css":
+            for name in first.findall(sheet.read_text(encoding="utf-8")):
+                owners.setdefault(name, set()).add(sheet.name)
+    assert len(owners) > 50
+    twice = {name: sheets for name, sheets in owners.items() if len(sheets) > 1}
+    assert {name: sheets for name, sheets in twice.items() if name not in shared} == {}
