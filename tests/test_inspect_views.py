@@ -18,8 +18,9 @@ from mtad.config import DecodeConfig
 from mtad.errors import BudgetError, Cancelled, ConfigError, MtadError, TraceError
 from mtad.trace import Bound, Decision, DraftTree, Step, Trace
 from mtad.ui import collection as files
+from mtad.ui.about import question
 from mtad.ui.board import encode
-from mtad.ui.collection import Collection, Recorded, question, read_file
+from mtad.ui.collection import Collection, Recorded, read_file
 from mtad.ui.gap import GapJob, GapJobs, measure_gap, why_no_gap
 from mtad.ui.passes import MAX_DRAWN, bound_view, layout, pass_view, shown, trace_view
 from mtad.ui.shelf import Shelf

@@ -5,20 +5,22 @@ Pure: knows no model, no browser and no gradio. All texts are data.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from mtad.trace import ModelInfo, Trace
 
-_USER, _END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+_SPECIAL = re.compile(r"<\|[^|<>]{1,40}\|>|<(?:s|/s|bos|eos|start_of_turn|end_of_turn)>")
+_ROLES = ("system", "user", "assistant", "model")
 
 
-def prompt_of(trace: Trace) -> str:
-    """What the visitor typed: the last turn of a ChatML prompt, else the prompt as it is."""
-    start, end = trace.prompt.rfind(_USER), trace.prompt.rfind(_END)
-    if start < 0 or end < start:
-        return trace.prompt
-    return trace.prompt[start + len(_USER) : end]
+def question(prompt: str) -> str:
+    """The last thing that was said in a prompt with chat markup; all of it without markup."""
+    said = [part.strip() for part in _SPECIAL.split(prompt)]
+    for role in _ROLES:
+        said = [part.removeprefix(f"{role}\n").strip() for part in said]
+    return next((part for part in reversed(said) if part and part not in _ROLES), "")
 
 
 def hardware_of(trace: Trace) -> str:
@@ -42,7 +44,7 @@ def about(traces: Sequence[Trace], prompt: str = "") -> dict[str, Any]:
     if drafts:
         models += ", draft " + ", ".join(model_name(draft) for draft in drafts.values())
     return {
-        "prompt": prompt or prompt_of(first),
+        "prompt": prompt or question(first.prompt),
         "models": models,
         "machine": (
             f"{hardware_of(first)} ({first.device}, {first.dtype} weights, {first.engine} engine)"

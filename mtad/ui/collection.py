@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mtad.catalogue import method_info
 from mtad.errors import MtadError, TraceError
-from mtad.shipped import ASSETS
 from mtad.trace import Trace
+from mtad.ui.about import hardware_of, question
+from mtad.ui.recordings import FOLDER, read_traces
 from mtad.ui.shelf import Shelf
 from mtad.ui.steps import number
 from mtad.ui.what_if import strip_view, what_if_view
@@ -27,8 +27,6 @@ from mtad.whatif import JOINT_METHODS
 MAX_FILE_BYTES = 16 * 1024 * 1024
 MAX_TRACES_IN_FILE = 16
 MAX_PASSES = 20_000
-_SPECIAL = re.compile(r"<\|[^|<>]{1,40}\|>|<(?:s|/s|bos|eos|start_of_turn|end_of_turn)>")
-_ROLES = ("system", "user", "assistant", "model")
 _log = logging.getLogger(__name__)
 
 
@@ -39,7 +37,7 @@ class Recorded:
         folder: of *.jsonl files, one trace a line.
     """
 
-    def __init__(self, folder: Path = ASSETS / "traces") -> None:
+    def __init__(self, folder: Path = FOLDER) -> None:
         self._folder = folder
         self._traces: dict[str, tuple[str, Trace]] | None = None
         self._lock = threading.Lock()
@@ -61,19 +59,19 @@ class Recorded:
             if self._traces and key in self._traces:
                 self._traces[key] = (self._traces[key][0], trace)
 
-    def _read(self) -> Any:
-        for path in sorted(self._folder.glob("*.jsonl")):
-            for line, text in enumerate(path.read_text(encoding="utf-8").splitlines()):
+    def _read(self) -> Iterator[tuple[str, tuple[str, Trace]]]:
+        for file in sorted(self._folder.glob("*.jsonl")):
+            for line, found in enumerate(read_traces(file)):
                 try:
-                    trace = Trace.from_json(text)
-                    label = (
-                        f"{label_of(trace)} · {_short(trace.target.name, 40)}, {_machine(trace)}"
-                    )
+                    if isinstance(found, MtadError):
+                        raise found
+                    model, machine = _short(found.target.name, 40), _short(hardware_of(found), 40)
+                    label = f"{label_of(found)} · {model}, {machine}"
                 except MtadError:
                     # The others can still be shown.
-                    _log.exception("line %d of %s is no trace", line + 1, path.name)
+                    _log.exception("line %d of %s is no trace", line + 1, file.name)
                     continue
-                yield f"recorded:{path.stem}:{line}", (label, trace)
+                yield f"recorded:{file.stem}:{line}", (label, found)
 
 
 class Collection:
@@ -159,14 +157,6 @@ def label_of(trace: Trace) -> str:
     return f"{method_info(trace.method).title}: {_short(question(trace.prompt), 40)}"
 
 
-def question(prompt: str) -> str:
-    """The last thing that was said in a prompt with chat markup; all of it without markup."""
-    said = [part.strip() for part in _SPECIAL.split(prompt)]
-    for role in _ROLES:
-        said = [part.removeprefix(f"{role}\n").strip() for part in said]
-    return next((part for part in reversed(said) if part and part not in _ROLES), "")
-
-
 def _pieces(text: str) -> list[str]:
     """The JSON texts of the traces in a file, not yet looked into."""
     stripped = text.strip()
@@ -216,10 +206,6 @@ def _with_figures(label: str, trace: Trace) -> str:
         f"{_short(label, 110)} ({summary.tokens:,} tokens,"
         f" {number(summary.block_efficiency)} a pass)"
     )
-
-
-def _machine(trace: Trace) -> str:
-    return _short(trace.versions.get("hardware", "") or trace.device, 40)
 
 
 def _short(text: str, length: int) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 from mtad.catalogue import methods
 from mtad.errors import MtadError
 from mtad.presets import find_preset
-from mtad.shipped import ASSETS
 from mtad.trace import Step, Trace
+from mtad.ui.recordings import FOLDER, read_traces
 from mtad.ui.steps import number, reference_logprobs, visible
 from mtad.whatif import node_ratios
 
@@ -142,10 +142,10 @@ def example() -> dict[str, Any] | None:
 
     None if this installation has no recording.
     """
-    file = ASSETS / "traces" / RECORDING
+    file = FOLDER / RECORDING
     if not file.is_file():
         return None
-    traces = map(Trace.from_json, file.read_bytes().splitlines())
+    traces = [found for found in read_traces(file) if isinstance(found, Trace)]
     trace = next(trace for trace in traces if trace.method == "mtad")
     return drawing(trace, next(step for step in trace.steps if is_telling(step, trace)))
 

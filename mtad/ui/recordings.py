@@ -23,6 +23,18 @@ _PREFIX = "recorded-"
 _log = logging.getLogger(__name__)
 
 
+def read_traces(file: Path) -> list[Trace | MtadError]:
+    """What the lines of a file hold: a trace each, or why it is none."""
+    found: list[Trace | MtadError] = []
+    for line in file.read_text(encoding="utf-8").split("\n"):
+        if line.strip():
+            try:
+                found.append(Trace.from_json(line))
+            except MtadError as error:
+                found.append(error)
+    return found
+
+
 class Recording:
     """One recorded comparison.
 
@@ -63,8 +75,11 @@ class Gallery:
         self._kept: dict[str, Recording] = {}
         for file in sorted(folder.glob("*.jsonl")):
             try:
-                lines = file.read_text(encoding="utf-8").split("\n")
-                traces = [Trace.from_json(line) for line in lines if line.strip()]
+                traces = []
+                for found in read_traces(file):
+                    if isinstance(found, MtadError):
+                        raise found
+                    traces.append(found)
                 if not traces:
                     raise MtadError("it holds no trace")
                 self._kept[file.stem] = Recording(file.stem, traces)
