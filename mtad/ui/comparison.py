@@ -13,7 +13,7 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,6 +62,19 @@ class Request:
     config: DecodeConfig
 
 
+def config_of(parameters: Mapping[str, Any]) -> DecodeConfig:
+    """The config that a browser asks for. It has one kind of number: 4.0 is a whole one there.
+
+    Raises:
+        ConfigError: a parameter is out of range.
+    """
+
+    def whole(name: str, value: Any) -> bool:
+        return name in _WHOLE_FIELDS and isinstance(value, float) and value.is_integer()
+
+    return DecodeConfig(**{n: int(v) if whole(n, v) else v for n, v in parameters.items()})
+
+
 def check_request(prompt: str, method_ids: Sequence[str], **parameters: Any) -> Request:
     """Checks a request as far as that is possible without a model.
 
@@ -84,12 +97,7 @@ def check_request(prompt: str, method_ids: Sequence[str], **parameters: Any) -> 
             f"{len(chosen)} methods are chosen, but a comparison takes {MIN_METHODS} to"
             f" {MAX_METHODS}. Tick or untick some."
         )
-    for name in _WHOLE_FIELDS:
-        value = parameters.get(name)
-        # A browser has one kind of number: 4.0 is a whole number there.
-        if isinstance(value, float) and value.is_integer():
-            parameters[name] = int(value)
-    config = DecodeConfig(**parameters)
+    config = config_of(parameters)
     return Request(prompt, tuple(info for info in methods() if info in chosen), config)
 
 

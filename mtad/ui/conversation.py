@@ -18,10 +18,10 @@ from mtad.config import DecodeConfig
 from mtad.errors import ConfigError, PromptError
 from mtad.trace import EnergyReading, Step, Trace
 from mtad.ui.board import Board
+from mtad.ui.comparison import config_of
 from mtad.ui.lanes import Lane
 from mtad.ui.steps import DASH, duration, number
 
-_WHOLE_FIELDS = ("max_new_tokens", "num_draft_tokens", "beam_width", "top_k", "seed")
 # So many turns that a browser still scrolls smoothly; the context is full long before.
 MAX_TURNS = 500
 
@@ -49,13 +49,7 @@ def check_settings(method: str, **parameters: Any) -> Settings:
     Raises:
         ConfigError: a parameter is out of range, or the method unknown.
     """
-    info = method_info(method)
-    for name in _WHOLE_FIELDS:
-        value = parameters.get(name)
-        # A browser has one kind of number: 4.0 is a whole number there.
-        if isinstance(value, float) and value.is_integer():
-            parameters[name] = int(value)
-    return Settings(info, DecodeConfig(**parameters))
+    return Settings(method_info(method), config_of(parameters))
 
 
 class Answer:

@@ -38,6 +38,7 @@ from mtad.ui.comparison import (
     LOADING_INTERVAL_SECONDS,
     PairSource,
     Stream,
+    config_of,
 )
 
 MAX_RUNS = 400
@@ -45,7 +46,6 @@ MAX_SETTINGS = 32
 MAX_NEW_TOKENS = 512
 MAX_SWEEPS = 64
 PROMPT_SETS = ("compare", "held_out")
-_WHOLE_FIELDS = ("max_new_tokens", "top_k", "seed")
 _log = logging.getLogger(__name__)
 
 State = Literal["waiting", "running", "stopped", "done", "failed"]
@@ -143,12 +143,7 @@ def check_sweep(
 
 
 def _config(parameters: dict[str, Any]) -> DecodeConfig:
-    for name in _WHOLE_FIELDS:
-        value = parameters.get(name)
-        # A browser has one kind of number: 4.0 is a whole number there.
-        if isinstance(value, float) and value.is_integer():
-            parameters[name] = int(value)
-    config = DecodeConfig(**parameters)
+    config = config_of(parameters)
     if config.max_new_tokens > MAX_NEW_TOKENS:
         raise ConfigError(
             f"max_new_tokens is {config.max_new_tokens:,}, but must be at most {MAX_NEW_TOKENS} in"
