@@ -21,9 +21,9 @@ from mtad.ui.board import encode
 from mtad.ui.comparison import (
     DEADLINE_SECONDS,
     INTERVAL_SECONDS,
-    LOADING_INTERVAL_SECONDS,
     PairSource,
     Stream,
+    wait_for_models,
 )
 from mtad.ui.conversation import Answer, Conversation
 
@@ -178,11 +178,13 @@ def _wait_for_pair(
     conversation: Conversation, answer: Answer, source: PairSource, sender: _Sender
 ) -> Generator[str, None, Any]:
     """Returns the pair; None where there is none and the answer has failed."""
-    source.start()
     cancel = conversation.cancel
-    while not cancel.is_set() and not source.wait(LOADING_INTERVAL_SECONDS):
-        conversation.status(f"Waiting for the models: {source.status().line}")
-        yield sender.send()
+
+    def waiting(line: str) -> str:
+        conversation.status(f"Waiting for the models: {line}")
+        return sender.send()
+
+    yield from wait_for_models(source, cancel, waiting)
     if cancel.is_set():
         conversation.fail(answer, "stopped before it began", aloud=False)
     elif source.pair is None:

@@ -15,7 +15,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from mtad.catalogue import MethodInfo, method_info, methods
 from mtad.config import DecodeConfig
@@ -34,6 +34,7 @@ _WHOLE_FIELDS = ("max_new_tokens", "num_draft_tokens", "beam_width", "top_k", "s
 _log = logging.getLogger(__name__)
 
 Stream = Callable[..., Iterator[Step | Trace]]
+T = TypeVar("T")
 
 
 class PairSource(Protocol):
@@ -51,6 +52,25 @@ class PairSource(Protocol):
     @property
     def pair(self) -> Any:
         """The pair; None until it is ready."""
+
+
+def wait_for_models(
+    source: PairSource,
+    cancel: threading.Event,
+    waiting: Callable[[str], T],
+    seconds: float = LOADING_INTERVAL_SECONDS,
+) -> Generator[T, None, bool]:
+    """Waits for the end of the loading, good or bad, and has it begun if nobody has.
+
+    Yields what `waiting` makes of the line that says how far it is, every so many `seconds`.
+    Returns False if `cancel` was set first.
+    """
+    source.start()
+    while not source.wait(seconds):
+        if cancel.is_set():
+            return False
+        yield waiting(source.status().line)
+    return True
 
 
 @dataclass(frozen=True)
@@ -209,14 +229,15 @@ def _wait_for_pair(
 ) -> Generator[str, None, Any]:
     """Returns the pair; None where there is none and the comparison is over."""
     board = comparison.board
-    source.start()
-    while not source.wait(LOADING_INTERVAL_SECONDS):
-        if comparison.cancel.is_set():
-            board.close("Stopped before the models were loaded.", "did not run")
-            yield sender.send()
-            return None
-        board.status(f"Waiting for the models: {source.status().line}")
+
+    def waiting(line: str) -> str:
+        board.status(f"Waiting for the models: {line}")
+        return sender.send()
+
+    if not (yield from wait_for_models(source, comparison.cancel, waiting)):
+        board.close("Stopped before the models were loaded.", "did not run")
         yield sender.send()
+        return None
     pair = source.pair
     if pair is None:
         board.error(source.status().text)

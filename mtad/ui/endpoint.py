@@ -12,7 +12,13 @@ from gradio import Error
 
 from mtad.errors import MtadError, PairError
 from mtad.trace import Trace
-from mtad.ui.comparison import DEADLINE_SECONDS, PairSource, Stream, check_request
+from mtad.ui.comparison import (
+    DEADLINE_SECONDS,
+    PairSource,
+    Stream,
+    check_request,
+    wait_for_models,
+)
 
 # Between two answers of the generator; a client that has gone is noticed at the next one.
 _BEAT_SECONDS = 1.0
@@ -66,9 +72,8 @@ def compare_endpoint(source: PairSource, stream: Stream) -> Callable[..., Iterat
         traces: list[Any] = []
         try:
             request = check_request(prompt, methods, **parameters)
-            source.start()
-            while not source.wait(_BEAT_SECONDS):
-                yield {"traces": [], "running": None, "tokens": 0}
+            nothing = {"traces": [], "running": None, "tokens": 0}
+            yield from wait_for_models(source, cancel, lambda _: nothing, _BEAT_SECONDS)
             if source.pair is None:
                 raise PairError(source.status().text)
             for info in request.methods:

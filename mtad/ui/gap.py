@@ -18,7 +18,7 @@ from typing import Any
 from mtad.errors import Cancelled, ConfigError, MtadError, PairError
 from mtad.trace import Bound, ModelInfo, Trace
 from mtad.ui.collection import Collection
-from mtad.ui.comparison import PairSource
+from mtad.ui.comparison import PairSource, wait_for_models
 from mtad.whatif import JOINT_METHODS
 
 BEAT_SECONDS = 0.25
@@ -182,12 +182,13 @@ def measure_gap(
         if job.cancel.is_set():
             yield job.message("stopped", "Stopped before it began.")
             return
-        source.start()
-        while not source.wait(BEAT_SECONDS):
-            if job.cancel.is_set():
-                yield job.message("stopped", "Stopped before the models were loaded.")
-                return
-            yield job.message("waiting", f"Waiting for the models: {source.status().line}")
+
+        def waiting(line: str) -> dict[str, Any]:
+            return job.message("waiting", f"Waiting for the models: {line}")
+
+        if not (yield from wait_for_models(source, job.cancel, waiting, BEAT_SECONDS)):
+            yield job.message("stopped", "Stopped before the models were loaded.")
+            return
         found = collection.get(job.key)
         try:
             if source.pair is None:

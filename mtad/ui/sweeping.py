@@ -35,10 +35,10 @@ from mtad.trace import Trace
 from mtad.ui.comparison import (
     DEADLINE_SECONDS,
     INTERVAL_SECONDS,
-    LOADING_INTERVAL_SECONDS,
     PairSource,
     Stream,
     config_of,
+    wait_for_models,
 )
 
 MAX_RUNS = 400
@@ -475,12 +475,12 @@ def play_turn(
 
 def _wait_for_pair(sweep: Sweep, source: PairSource) -> Generator[None, None, Any]:
     """Returns the pair; None where there is none, or Stop was pressed."""
-    source.start()
-    while not source.wait(LOADING_INTERVAL_SECONDS):
-        if sweep.cancel.is_set():
-            return None
-        sweep.busy(f"waiting for the models, {source.status().line}")
-        yield
+
+    def waiting(line: str) -> None:
+        sweep.busy(f"waiting for the models, {line}")
+
+    if not (yield from wait_for_models(source, sweep.cancel, waiting)):
+        return None
     if source.pair is None:
         sweep.fail(source.status().text)
     return source.pair
