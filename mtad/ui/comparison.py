@@ -12,7 +12,6 @@ import logging
 import secrets
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -22,6 +21,7 @@ from mtad.config import DecodeConfig
 from mtad.errors import Cancelled, ConfigError, DeadlineExceeded, MtadError, PairError, PromptError
 from mtad.trace import Step, Trace
 from mtad.ui.board import Board, encode
+from mtad.ui.latest import Latest
 from mtad.ui.loading import LoadStatus
 
 INTERVAL_SECONDS = 0.125
@@ -153,23 +153,17 @@ class Comparisons:
     """The last comparisons of all visitors, found by their unguessable ids."""
 
     def __init__(self, limit: int = MAX_KEPT) -> None:
-        self._limit = limit
-        self._kept: OrderedDict[str, Comparison] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept: Latest[Comparison] = Latest(limit)
 
     def open(self, request: Request) -> Comparison:
         """A new comparison; the oldest is forgotten when there are too many."""
         comparison = Comparison(request)
-        with self._lock:
-            self._kept[comparison.run_id] = comparison
-            while len(self._kept) > self._limit:
-                self._kept.popitem(last=False)
+        self._kept.put(comparison.run_id, comparison)
         return comparison
 
     def get(self, run_id: object) -> Comparison | None:
         """The comparison of that id; None if it is unknown or forgotten."""
-        with self._lock:
-            return self._kept.get(run_id) if isinstance(run_id, str) else None
+        return self._kept.get(run_id)
 
 
 class _Sender:

@@ -11,7 +11,6 @@ import logging
 import secrets
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -19,6 +18,7 @@ from mtad.errors import Cancelled, ConfigError, MtadError, PairError
 from mtad.trace import Bound, ModelInfo, Trace
 from mtad.ui.collection import Collection
 from mtad.ui.comparison import PairSource, wait_for_models
+from mtad.ui.latest import Latest
 from mtad.whatif import JOINT_METHODS
 
 BEAT_SECONDS = 0.25
@@ -65,8 +65,7 @@ class GapJobs:
     """The last jobs of all visitors."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[str, GapJob] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept: Latest[GapJob] = Latest(MAX_KEPT)
 
     def open(self, collection: Collection, pair: Any, key: object, index: object) -> GapJob:
         """A new job.
@@ -92,16 +91,13 @@ class GapJobs:
         if why:
             raise ConfigError(f"The true gap cannot be measured: {why}.")
         job = GapJob(secrets.token_hex(16), key, index)
-        with self._lock:
-            self._kept[job.job_id] = job
-            while len(self._kept) > MAX_KEPT:
-                self._kept.popitem(last=False)[1].cancel.set()
+        for gone in self._kept.put(job.job_id, job):
+            gone.cancel.set()
         return job
 
     def get(self, job_id: object) -> GapJob | None:
         """The job of that id; None if it is unknown or forgotten."""
-        with self._lock:
-            return self._kept.get(job_id) if isinstance(job_id, str) else None
+        return self._kept.get(job_id)
 
 
 def why_no_gap(trace: Trace, pair: Any) -> str:

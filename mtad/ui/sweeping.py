@@ -18,7 +18,6 @@ import secrets
 import statistics
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -40,6 +39,7 @@ from mtad.ui.comparison import (
     config_of,
     wait_for_models,
 )
+from mtad.ui.latest import Latest
 
 MAX_RUNS = 400
 MAX_SETTINGS = 32
@@ -409,8 +409,7 @@ class Sweeps:
     """The last sweeps of all visitors, found by their unguessable ids."""
 
     def __init__(self, limit: int = MAX_SWEEPS) -> None:
-        self._limit = limit
-        self._kept: OrderedDict[str, Sweep] = OrderedDict()
+        self._kept: Latest[Sweep] = Latest(limit)
         self._latest: dict[str, Sweep] = {}
         self._lock = threading.Lock()
 
@@ -419,17 +418,14 @@ class Sweeps:
         with self._lock:
             before = self._fitting(visit, request)
             sweep = Sweep(request, before)
-            self._kept[sweep.id] = sweep
             self._latest[visit] = sweep
-            while len(self._kept) > self._limit:
-                gone, _ = self._kept.popitem(last=False)
-                self._latest = {v: one for v, one in self._latest.items() if one.id != gone}
+            for gone in self._kept.put(sweep.id, sweep):
+                self._latest = {v: one for v, one in self._latest.items() if one is not gone}
         return sweep
 
     def get(self, sweep_id: object) -> Sweep | None:
         """The sweep of that id; None if it is unknown or forgotten."""
-        with self._lock:
-            return self._kept.get(sweep_id) if isinstance(sweep_id, str) else None
+        return self._kept.get(sweep_id)
 
     def forget(self, visit: str) -> None:
         """The visit's next sweep begins anew."""
