@@ -356,7 +356,7 @@ class _Run:
         """Fills in `iteration_costs` where the config asks for "auto" and leaves them open."""
         info, pair, config = self.info, self.pair, self.config
         asked = config.num_draft_tokens == "auto" and config.iteration_costs is None
-        if not asked or not info.uses_draft or "num_draft_tokens" not in info.parameters:
+        if not asked or "iteration_costs" not in info.parameters:
             return
         known = _costs.setdefault(pair, {})
         key = (info.id, config.beam_width)

@@ -81,6 +81,11 @@ class Warped:
         return -torch.where(self.logprobs == -torch.inf, 0.0, terms).sum(-1)
 
 
+def narrows(logits: Logits, config: DecodeConfig) -> bool:
+    """Whether `warp` gives a support of top_k tokens, and not of all columns."""
+    return config.temperature > 0.0 and 0 < config.top_k < logits.values.shape[-1]
+
+
 def warp(logits: Tensor | Logits, config: DecodeConfig) -> Warped:
     """The conditionals that every rule works on: temperature, top-k, top-p, renormalised.
 
@@ -95,7 +100,7 @@ def warp(logits: Tensor | Logits, config: DecodeConfig) -> Warped:
     if config.temperature == 0.0:
         best = logits.tokens_at(logits.values.argmax(-1, keepdim=True))
         return Warped(best, torch.zeros_like(best, dtype=torch.float32), logits.vocab_size)
-    if 0 < config.top_k < logits.values.shape[-1]:
+    if narrows(logits, config):
         values, token_ids = logits.best(config.top_k)
     elif config.top_p < 1.0:
         values, columns = logits.values.float().sort(dim=-1, descending=True, stable=True)

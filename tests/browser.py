@@ -100,13 +100,16 @@ class Visit:
             self.problems.append(f"request to {url}")
 
     def set(self, **fields: object) -> None:
-        """Opens the drawer and types values into its number fields."""
+        """Opens the drawer, types values into its number fields and sets its ticks."""
         if not self.drawer_open:
             self.page.get_by_role("button", name="Parameters").click()
             self.drawer_open = True
         for name, value in fields.items():
             box = self.page.get_by_label(name).first
             box.wait_for(state="visible")
+            if isinstance(value, bool):
+                box.set_checked(value)
+                continue
             # Gradio fills in a field's own value some moments after it has appeared, later on a
             # busy machine: type until the value stays.
             for _ in range(20):

@@ -87,7 +87,7 @@ def test_stop_keeps_the_partial_text_and_frees_the_device(app: str, visit: Any) 
 
 def test_a_closed_tab_stops_its_run(app: str, visit: Any) -> None:
     one = visit(app)
-    one.set(max_new_tokens=4000)
+    one.set(max_new_tokens=4000, ignore_eos=True)
     one.run()
     one.page.wait_for_function(
         "document.querySelectorAll('.mtad-block').length >= 3", timeout=120_000

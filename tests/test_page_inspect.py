@@ -417,7 +417,7 @@ def test_own_traces_and_the_true_gap(app: str, visit: Any, tmp_path: Path) -> No
 
     # While another visitor's run holds the device a search waits in line, and can leave it.
     two = visit(app)
-    two.set(max_new_tokens=4000)
+    two.set(max_new_tokens=4000, ignore_eos=True)
     two.run()
     two.page.wait_for_selector(".mtad-block", timeout=120_000)
     page.get_by_role("button", name="Measure the true gap").click()

@@ -19,6 +19,7 @@ from mtad.logits import Logits
 from mtad.sampling import (
     Warped,
     draw_distinct,
+    narrows,
     score,
     token_logprobs,
     top_alternatives,
@@ -93,21 +94,16 @@ class Beams(Histories):
             record: how many alternatives to record; 0 records neither these nor raw_logprobs.
         """
         logits = Logits.of(logits)
-        columns, chance = logits.values.shape[-1], None
-        narrow = 0 < config.top_k < columns and config.temperature > 0.0
+        chance, grown = None, None
         if config.temperature > 0.0:
-            count = self.joint.shape[0] * (config.top_k if narrow else columns)
-            chance = uniforms(generator, max(count, width))
-        grown = None
-        if narrow and chance is not None:
-            grown = logits.search.grow(
-                self,
-                *logits.best(config.top_k),
-                width,
-                config.temperature,
-                config.top_p,
-                chance,
-            )
+            narrow = narrows(logits, config)
+            columns = config.top_k if narrow else logits.values.shape[-1]
+            chance = uniforms(generator, max(self.joint.shape[0] * columns, width))
+            if narrow:
+                values, token_ids = logits.best(config.top_k)
+                grown = logits.search.grow(
+                    self, values, token_ids, width, config.temperature, config.top_p, chance
+                )
         if grown is None:
             grown = self._grown(score(logits, config), width, chance)
         token, slot = grown.token_ids[:, -1], grown.came_from

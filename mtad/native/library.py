@@ -8,6 +8,7 @@ compiler has no native engine, and `unavailable_reason` says so.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import os
@@ -24,6 +25,7 @@ import torch
 
 from mtad.errors import PairError
 from mtad.fetch import cache_root
+from mtad.histories import Histories
 from mtad.processor import cpu_info
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -138,7 +140,8 @@ class Step(ctypes.Structure):
     )
 
 
-_HISTORIES = ("token_ids", "logprobs", "nodes", "real", "joint", "finished", "came_from")
+# In the order of `Growth` in kernels.c: first what it reads, last what it only writes.
+HISTORIES = tuple(field.name for field in dataclasses.fields(Histories))
 
 
 class Rows(ctypes.Structure):
@@ -169,8 +172,8 @@ class Growth(ctypes.Structure):
         ("width", ctypes.c_int32),
         ("temperature", ctypes.c_double),
         ("top_p", ctypes.c_double),
-        *((f"old_{name}", _Pointer) for name in _HISTORIES[:-1]),
-        *((f"new_{name}", _Pointer) for name in _HISTORIES),
+        *((f"old_{name}", _Pointer) for name in HISTORIES[:-1]),
+        *((f"new_{name}", _Pointer) for name in HISTORIES),
         ("choices", _Pointer),
         ("races", _Pointer),
     )

@@ -93,17 +93,7 @@ class NativeSearch:
         if columns > _NARROW:
             return None
         steps = histories.steps
-        old = [
-            held.contiguous()
-            for held in (
-                histories.token_ids,
-                histories.logprobs,
-                histories.nodes,
-                histories.real,
-                histories.joint,
-                histories.finished,
-            )
-        ]
+        old = [getattr(histories, name).contiguous() for name in library.HISTORIES[:-1]]
         new = Histories(
             token_ids=old[0].new_empty(width, steps + 1),
             logprobs=old[1].new_empty(width, steps + 1),

@@ -117,9 +117,9 @@ def compare_tab(site: Site, visit: gr.State, page: gr.Blocks) -> None:
     with gr.Accordion("Parameters", open=False, elem_id="mtad-drawer"):
         fields = _parameters(fields_read(DEFAULT_METHODS))
         unread = gr.HTML(
-            encode({"line": unread_line(DEFAULT_METHODS)}),
+            unread_line(DEFAULT_METHODS),
             html_template="""<p class="mtad-unread"></p>""",
-            js_on_load=script("line.js"),
+            js_on_load=script("plain.js"),
             apply_default_css=False,
         )
     share = gr.HTML(
@@ -277,7 +277,7 @@ def _show_fields(method_ids: list[str]) -> list[Any]:
     """Shows the fields that the chosen methods read."""
     read = fields_read(method_ids)
     shown = [gr.update(visible=field.name in read) for field in FIELDS]
-    return [*shown, encode({"line": unread_line(method_ids)})]
+    return [*shown, unread_line(method_ids)]
 
 
 def _parameters(read: set[str]) -> dict[str, Any]:

@@ -93,7 +93,6 @@ class Answer:
     def view(self, start: int = 0) -> dict[str, Any]:
         """What is drawn, with the text from `start` on."""
         trace = self.lane.trace
-        lane = self.lane.view(len(self.lane.steps))
         return {
             "key": self.key,
             "title": self.settings.info.title,
@@ -103,7 +102,7 @@ class Answer:
             "text": self.text[start:],
             "provisional": self._provisional,
             "figures": self.figures(),
-            "message": "" if self.lane.state == "waiting" else lane["message"],
+            "message": "" if self.lane.state == "waiting" else self.lane.message,
             "trace": trace is not None and bool(trace.steps),
         }
 

@@ -157,6 +157,11 @@ class Lane:
         self.state = "stopped"
         self._message = message
 
+    @property
+    def message(self) -> str:
+        """What it is busy with, or why it is not; in words."""
+        return self._message or (WAITS if self.state == "waiting" else "")
+
     def header(self) -> dict[str, Any]:
         """What never changes during a run."""
         return {
@@ -174,7 +179,7 @@ class Lane:
             **self.header(),
             "state": self.state,
             "state_text": _STATE_TEXTS[self.state],
-            "message": self._message or (WAITS if self.state == "waiting" else ""),
+            "message": self.message,
             "epoch": self.epoch,
             "from": start,
             "count": len(self.steps),
