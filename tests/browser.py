@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -35,11 +36,12 @@ ARGUMENTS = [
 
 
 @contextlib.contextmanager
-def server(*command: str) -> Iterator[str]:
-    """A process that serves the page on a free port; its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def server(*command: str, port: int | None = None) -> Iterator[str]:
+    """A process that serves the page, on a free port where none is given; its address."""
+    if port is None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
     environment = {
         **os.environ,
         "GRADIO_SERVER_PORT": str(port),
@@ -197,10 +199,11 @@ CONTRAST = """(smallest) => {
 
 
 def serve(kind: str) -> None:
-    """The page over hand-made steps: hostile texts, lost messages, or a long run."""
+    """The page over hand-made steps: hostile texts, losses, long runs, an endless load."""
     from mtad.ui import comparison
+    from mtad.ui.loading import PairLoader
     from mtad.ui.page import build, launch_options
-    from tests.test_ui import HOSTILE, WORDS, ReadyPair, handmade_stream
+    from tests.test_ui import HOSTILE, WORDS, ReadyPair, handmade_stream, with_joules
 
     if kind == "lossy":
         send = comparison._Sender.send
@@ -210,8 +213,20 @@ def serve(kind: str) -> None:
         "hostile": handmade_stream(HOSTILE, 12),
         "lossy": handmade_stream(WORDS, 60, 0.02),
         "long": handmade_stream(WORDS, 2000, 0.003),
+        # 2,000 blocks a lane at the pace of a GPU: a replay of ten seconds.
+        "race": with_joules(handmade_stream(WORDS, 2000, step_seconds=0.005), watts=250.0),
+        "loading": handmade_stream(WORDS, 12),
     }[kind]
-    build(ReadyPair(), stream).launch(**launch_options())
+    source: Any = ReadyPair()
+    if kind == "loading":
+
+        def load(progress: Any) -> None:
+            progress("download", 34, 100)
+            threading.Event().wait()
+
+        source = PairLoader("smollm2", load)
+        source.start()
+    build(source, stream).launch(**launch_options())
 
 
 def serve_chat(kind: str) -> None:
