@@ -35,13 +35,17 @@ ARGUMENTS = [
 ]
 
 
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextlib.contextmanager
 def server(*command: str, port: int | None = None) -> Iterator[str]:
     """A process that serves the page, on a free port where none is given; its address."""
-    if port is None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+    port = port or free_port()
     environment = {
         **os.environ,
         "GRADIO_SERVER_PORT": str(port),
@@ -86,7 +90,8 @@ class Visit:
         page.on("dialog", lambda dialog: (self.problems.append("dialog"), dialog.dismiss()))
         page.on("pageerror", lambda error: self.problems.append(f"script error: {error}"))
         page.on("console", self._console)
-        page.on("request", lambda request: self._request(request.url, address))
+        home = address.partition("?")[0]
+        page.on("request", lambda request: self._request(request.url, home))
         page.goto(address)
         page.wait_for_selector("#mtad-run")
         # The scripts of the components have run when the board has its hint, or a recording.
