@@ -2,6 +2,7 @@
 # make test     all tests
 # make check    formatting, lint, types, direction of imports
 # make measure  all methods on the prompt set; takes long
+# make recording  records anew the comparison that the page opens with; on an idle machine
 # make clean    removes the environment and the caches (fetched weights stay)
 #
 # Override: make demo PYTHON=python3.12 VENV=/tmp/env PORT=8000 PIP_ARGS="--index-url …"
@@ -14,13 +15,14 @@ PYTEST_ARGS ?=
 REPEATS ?= 3
 MAX_NEW_TOKENS ?= 64
 MEASUREMENTS ?= measurements
+RECORDING ?= cpu-smollm2
 
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check measure clean
+.PHONY: demo test check measure recording clean
 
 demo: $(STAMP)
 	$(PY) -m mtad fetch
@@ -41,6 +43,12 @@ measure: $(STAMP)
 	$(PY) -m mtad compare --prompts assets/prompts/compare.jsonl --methods all \
 		--repeats $(REPEATS) --max-new-tokens $(MAX_NEW_TOKENS) --ignore-eos \
 		--json "$(MEASUREMENTS)" --markdown | tee "$(MEASUREMENTS)/table.md"
+
+# The page's own defaults, so that Run repeats what the recording shows.
+recording: $(STAMP)
+	$(PY) -m mtad fetch
+	$(PY) -m mtad compare "Why is the sky blue?" --methods autoregressive,speculative,mtad \
+		--max-new-tokens 96 --json "assets/traces/$(RECORDING).jsonl"
 
 clean:
 	rm -rf "$(VENV)" build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -33,7 +33,13 @@ class Chart {
     this.caption = "";
     this.box = make("figure", "mtad-chart");
     this.svg = svg("svg", { role: "img", "aria-label": title });
-    this.box.append(this.svg);
+    this.data = make("details", "mtad-chart-data");
+    this.table = make("table", "mtad-table");
+    const scroll = make("div", "mtad-scroll");
+    scroll.append(this.table);
+    this.data.append(make("summary", "", title + ", as a table"), scroll);
+    this.data.addEventListener("toggle", () => this.data.open && this.fillTable());
+    this.box.append(this.svg, this.data);
     this.series = [];
     this.time = null;
   }
@@ -44,7 +50,7 @@ class Chart {
     const width = Math.round(this.box.clientWidth);
     if (!width) return;
     const narrow = width < 620;
-    const left = 52, right = narrow ? 14 : 118, top = narrow ? 62 : 42, bottom = 40;
+    const left = 52, right = 14, top = 62, bottom = 40;
     const height = CHART_HEIGHT + top;
     const ends = series.map((one) => one.points[one.points.length - 1] || [0, 0]);
     const xTop = Math.max(0.05, ...ends.map((end) => end[0]));
@@ -80,7 +86,12 @@ class Chart {
         "stroke-dasharray": DASHES[one.style],
       }));
     });
-    all.push(...(narrow ? this.keys(series, width) : this.names(series, ends, x, y, top, height - bottom)));
+    series.forEach((one, k) => {
+      const [cx, cy] = [x(ends[k][0]), y(ends[k][1])];
+      all.push(svg("circle", { cx, cy, r: 3.5, class: "mtad-dot mtad-series-" + one.style }));
+    });
+    // In a row of their own: beside the ends of the lines they would lie on other lines.
+    all.push(...this.keys(series, width));
     this.cursor = svg("line", { y1: top, y2: height - bottom, class: "mtad-cursor" });
     all.push(this.cursor);
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -88,6 +99,41 @@ class Chart {
     this.svg.setAttribute("height", height);
     this.svg.replaceChildren(...all);
     this.mark(this.time);
+    this.times = along.ticks.slice(1).map((tick) => [tick, tick.toFixed(along.digits)]);
+    if (this.data.open) this.fillTable();
+  }
+
+  // The figures of the chart at its ticks and at its end, for those who do not see lines.
+  fillTable() {
+    if (!this.times) return;
+    const end = Math.max(...this.series.map(({ points }) => (points.length ? points[points.length - 1][0] : 0)));
+    const times = this.times.filter(([time]) => time < end);
+    const cells = (tag, texts) => {
+      const row = make("tr");
+      texts.forEach((text, k) => {
+        const cell = make(k ? tag : "th", "", text);
+        if (cell.tagName === "TH") cell.scope = tag === "th" ? "col" : "row";
+        row.append(cell);
+      });
+      return row;
+    };
+    const head = make("thead"), body = make("tbody");
+    head.append(cells("th", [this.labels[0], ...this.series.map(({ name }) => name)]));
+    for (const [time, text] of [...times, [end, end.toFixed(2)]]) {
+      body.append(cells("td", [text, ...this.series.map(({ points }) => this.valueAt(points, time))]));
+    }
+    this.table.replaceChildren(head, body);
+  }
+
+  // A dash behind the end of a series; what stairs have reached stays.
+  valueAt(points, time) {
+    if (this.stairs) {
+      let value = 0;
+      for (const point of points) if (point[0] <= time) value = point[1];
+      return value.toLocaleString("en");
+    }
+    const point = points.find(([at]) => at >= time);
+    return point ? point[1].toFixed(1) : "–";
   }
 
   path(points, x, y) {
@@ -100,26 +146,8 @@ class Chart {
     return d;
   }
 
-  // Names beside the ends of the lines, moved up or down where they would lie on one another.
-  names(series, ends, x, y, top, bottom) {
-    const places = series.map((one, k) => ({ one, x: x(ends[k][0]), y: y(ends[k][1]), at: 0 }));
-    places.sort((a, b) => a.y - b.y || b.x - a.x);
-    const set = [];
-    for (const place of places) {
-      const meets = (at) => set.some((o) => Math.abs(o.x - place.x) < 100 && Math.abs(o.at - at) < 16);
-      const free = [0, 16, -16, 32, -32, 48, -48, 64].map((way) => place.y + way)
-        .filter((at) => at >= top - 4 && at <= bottom && !meets(at));
-      place.at = free.length ? free[0] : place.y;
-      set.push(place);
-    }
-    return places.flatMap((place) => [
-      svg("circle", { cx: place.x, cy: place.y, r: 3.5, class: "mtad-dot mtad-series-" + place.one.style }),
-      svg("text", { x: place.x + 9, y: place.at, dy: "0.35em", class: "mtad-name" }, place.one.name),
-    ]);
-  }
-
   keys(series, width) {
-    const each = width / series.length;
+    const each = Math.min(160, width / series.length);
     return series.flatMap((one, k) => [
       svg("line", {
         x1: k * each, x2: k * each + 18, y1: 34, y2: 34, class: "mtad-line mtad-series-" + one.style,

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -34,12 +35,17 @@ ARGUMENTS = [
 ]
 
 
-@contextlib.contextmanager
-def server(*command: str) -> Iterator[str]:
-    """A process that serves the page on a free port; its address."""
+def free_port() -> int:
+    """A port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def server(*command: str, port: int | None = None) -> Iterator[str]:
+    """A process that serves the page, on a free port where none is given; its address."""
+    port = port or free_port()
     environment = {
         **os.environ,
         "GRADIO_SERVER_PORT": str(port),
@@ -84,7 +90,8 @@ class Visit:
         page.on("dialog", lambda dialog: (self.problems.append("dialog"), dialog.dismiss()))
         page.on("pageerror", lambda error: self.problems.append(f"script error: {error}"))
         page.on("console", self._console)
-        page.on("request", lambda request: self._request(request.url, address))
+        home = address.partition("?")[0]
+        page.on("request", lambda request: self._request(request.url, home))
         page.goto(address)
         page.wait_for_selector("#mtad-run")
         # The scripts of the components have run when the board has its hint, or a recording.
@@ -200,10 +207,11 @@ CONTRAST = """(smallest) => {
 
 
 def serve(kind: str) -> None:
-    """The page over hand-made steps: hostile texts, lost messages, or a long run."""
+    """The page over hand-made steps: hostile texts, losses, long runs, an endless load."""
     from mtad.ui import comparison
+    from mtad.ui.loading import PairLoader
     from mtad.ui.page import build, launch_options
-    from tests.test_ui import HOSTILE, WORDS, ReadyPair, handmade_stream
+    from tests.test_ui import HOSTILE, WORDS, ReadyPair, handmade_stream, with_joules
 
     if kind == "lossy":
         send = comparison._Sender.send
@@ -213,8 +221,20 @@ def serve(kind: str) -> None:
         "hostile": handmade_stream(HOSTILE, 12),
         "lossy": handmade_stream(WORDS, 60, 0.02),
         "long": handmade_stream(WORDS, 2000, 0.003),
+        # 2,000 blocks a lane at the pace of a GPU: a replay of ten seconds.
+        "race": with_joules(handmade_stream(WORDS, 2000, step_seconds=0.005), watts=250.0),
+        "loading": handmade_stream(WORDS, 12),
     }[kind]
-    build(ReadyPair(), stream).launch(**launch_options())
+    source: Any = ReadyPair()
+    if kind == "loading":
+
+        def load(progress: Any) -> None:
+            progress("download", 34, 100)
+            threading.Event().wait()
+
+        source = PairLoader("smollm2", load)
+        source.start()
+    build(source, stream).launch(**launch_options())
 
 
 def serve_chat(kind: str) -> None:

@@ -79,10 +79,22 @@ def visit(chromium: Any) -> Iterator[Any]:
     visits: list[Visit] = []
     contexts: list[Any] = []
 
-    def open_page(address: str, *, width: int = 1280, scheme: str = "light") -> Visit:
+    def open_page(
+        address: str,
+        *,
+        width: int = 1280,
+        scheme: str = "light",
+        motion: str = "no-preference",
+        before: str = "",
+    ) -> Visit:
         context = chromium.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=scheme, accept_downloads=True
+            viewport={"width": width, "height": 900},
+            color_scheme=scheme,
+            reduced_motion=motion,
+            accept_downloads=True,
         )
+        # A script that runs before any of the page's own.
+        context.add_init_script(before)
         contexts.append(context)
         visits.append(Visit(context.new_page(), address))
         return visits[-1]

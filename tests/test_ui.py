@@ -13,6 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -53,7 +54,9 @@ HOSTILE = (
 )
 
 
-def handmade_steps(method: str, texts: tuple[str, ...], count: int, seed: int) -> Iterator[Step]:
+def handmade_steps(
+    method: str, texts: tuple[str, ...], count: int, seed: int, step_seconds: float = 0.05
+) -> Iterator[Step]:
     """Steps with given texts and invented but consistent log-probabilities; no model."""
     rng = random.Random(seed)
     info = method_info(method)
@@ -67,7 +70,7 @@ def handmade_steps(method: str, texts: tuple[str, ...], count: int, seed: int) -
         return ids
 
     for index in range(count):
-        seconds += 0.05
+        seconds += step_seconds
         tree, path, kind = DraftTree(), (), "sampled"
         emitted = take(1)
         if info.uses_draft:
@@ -157,7 +160,9 @@ def handmade_trace(method: str, steps: list[Step], stop_reason: str = "length") 
     )
 
 
-def handmade_stream(texts: tuple[str, ...], count: int, pause_seconds: float = 0.0) -> Any:
+def handmade_stream(
+    texts: tuple[str, ...], count: int, pause_seconds: float = 0.0, step_seconds: float = 0.05
+) -> Any:
     """A stand-in for `mtad.runner.stream` that plays hand-made steps and heeds `cancel`."""
 
     def stream(
@@ -170,7 +175,7 @@ def handmade_stream(texts: tuple[str, ...], count: int, pause_seconds: float = 0
         deadline_seconds: float,
     ) -> Iterator[Step | Trace]:
         done: list[Step] = []
-        for step in handmade_steps(method, texts, count, config.seed):
+        for step in handmade_steps(method, texts, count, config.seed, step_seconds):
             if cancel.is_set():
                 yield handmade_trace(method, done, "cancelled")
                 return
@@ -180,6 +185,28 @@ def handmade_stream(texts: tuple[str, ...], count: int, pause_seconds: float = 0
         yield handmade_trace(method, done)
 
     return stream
+
+
+def with_joules(stream: Any, watts: float) -> Any:
+    """The same stream on a machine with a sensor, that draws `watts` all the time."""
+
+    def measured(*args: Any, **kwargs: Any) -> Iterator[Step | Trace]:
+        for event in stream(*args, **kwargs):
+            yield powered(event, watts)
+
+    return measured
+
+
+def powered(event: Step | Trace, watts: float) -> Any:
+    """A hand-made step or trace with the joules of a sensor that always shows `watts`."""
+    if isinstance(event, Step):
+        return replace(event, joules=watts * event.seconds)
+    seconds, tokens = event.summary.decode_seconds, event.summary.tokens
+    joules = watts * seconds
+    summary = replace(event.summary, joules=joules, joules_per_token=joules / tokens, watts=watts)
+    energy = EnergyReading(joules, seconds, "nvml-counter", "board", 0.1)
+    steps = tuple(powered(step, watts) for step in event.steps)
+    return replace(event, steps=steps, energy=energy, summary=summary)
 
 
 class ReadyPair:
