@@ -5,7 +5,7 @@
 // meters of that moment. Between two frames it touches only the blocks that came or went, and of
 // those at most RACE_BLOCKS a lane, so that a long run costs no long task.
 
-const RACE_BLOCKS = 200;
+const RACE_BLOCKS = 120;
 const SPEEDS = [0.25, 0.5, 1, 2, 4];
 // Charts of a run that goes on are drawn at most ten times a second.
 const CHART_MILLISECONDS = 100;
@@ -173,12 +173,15 @@ function showMoment() {
     // All that is measured is measured before anything is written.
     return { one, drawn, bottom: way ? edge.offsetTop + edge.offsetHeight : null };
   });
+  // Scrolled while the layout still holds: after a change every scroll would lay out the page anew.
   for (const { one, drawn, bottom } of moves) {
+    if (bottom !== null) one.lane.text.scrollTop = drawn ? bottom - one.height : 0;
+  }
+  for (const { one, drawn } of moves) {
     const { lane } = one;
     for (let k = one.drawn; k < drawn; k += 1) lane.blocks[k].classList.remove("mtad-later");
     for (let k = one.drawn - 1; k >= drawn; k -= 1) lane.blocks[k].classList.add("mtad-later");
     one.drawn = lane.shown = drawn;
-    if (bottom !== null) lane.text.scrollTop = drawn ? bottom - one.height : 0;
     showFigures(one, drawn);
   }
   showClock();

@@ -18,7 +18,7 @@ from mtad.catalogue import method_info, methods
 from mtad.config import DecodeConfig
 from mtad.errors import ConfigError, MtadError, PromptError
 from mtad.trace import EnergyReading, Trace
-from mtad.ui.about import about, prompt_of
+from mtad.ui.about import about, question
 from mtad.ui.compare_tab import DEFAULT_METHODS, EXAMPLES, recall
 from mtad.ui.form import (
     BY_NAME,
@@ -303,7 +303,7 @@ class TestRecordings:
         assert first.id == "cpu-smollm2"
         assert list(first.traces()) == DEFAULT_METHODS
         trace = first.traces()["mtad"]
-        assert prompt_of(trace) == EXAMPLES[0]
+        assert question(trace.prompt) == EXAMPLES[0]
         assert trace.config.max_new_tokens == BY_NAME["max_new_tokens"].default
 
     def test_what_cannot_be_read_is_left_out_and_logged(self, tmp_path: Path, caplog: Any) -> None:
@@ -334,7 +334,7 @@ class TestRecordings:
 
     def test_the_prompt_is_what_was_typed(self) -> None:
         def prompt(text: str) -> str:
-            return prompt_of(dataclasses.replace(long_trace("mtad", 2), prompt=text))
+            return question(text)
 
         end = "<|im_end|>\n<|im_start|>assistant\n"
         assert prompt(f"<|im_start|>user\nHi{end}") == "Hi"
