@@ -377,7 +377,7 @@ function receive(message) {
 function open(message) {
   board.run = message.run;
   board.tick = 0;
-  board.lanes = message.lanes.map((view, index) => new Lane(view, index));
+  board.lanes = message.lanes.map((view, index) => new Lane(view, (props.prefix || "") + index));
   lanesBox.replaceChildren(...board.lanes.map((lane) => lane.box));
   setText(spoken, message.say);
   hint.hidden = true;

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mtad.hidden_draft import HiddenDraft
     from mtad.pairs import ModelPair, load_pair
     from mtad.runner import run, stream
+    from mtad.session import Session
 
 __all__ = [
     "DecodeConfig",
@@ -32,6 +33,7 @@ __all__ = [
     "MethodInfo",
     "ModelPair",
     "MtadError",
+    "Session",
     "Step",
     "Summary",
     "Trace",
@@ -51,6 +53,7 @@ _LATE = {
     "load_draft": "mtad.draft_files",
     "load_pair": "mtad.pairs",
     "run": "mtad.runner",
+    "Session": "mtad.session",
     "stream": "mtad.runner",
 }
 

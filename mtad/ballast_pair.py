@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from mtad import inspection
 from mtad.ballast import BallastShape, ballast, find_shape, title
-from mtad.draft import Drafter
+from mtad.draft import Drafter, Resumable
+from mtad.eager import Saved
 from mtad.hidden_draft import Ends, HiddenDraft
 from mtad.logits import Logits
 from mtad.pairs import EAGER, NATIVE, ModelPair, check_engine, hidden_drafter, ready_draft
@@ -52,6 +53,17 @@ class NarrowDrafter:
     def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
         """See `Drafter.prefill`."""
         self._drafter.prefill(token_ids, self._narrow(target_hidden))
+
+    def save(self) -> Saved | None:
+        """See `Resumable.save`: what the drafter says."""
+        return self._drafter.save() if isinstance(self._drafter, Resumable) else None
+
+    def resume(
+        self, saved: Saved, kept: int, token_ids: Tensor, target_hidden: Tensor | None
+    ) -> None:
+        """See `Resumable.resume`."""
+        assert isinstance(self._drafter, Resumable)
+        self._drafter.resume(saved, kept, token_ids, self._narrow(target_hidden))
 
     def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor | Logits:
         """See `Drafter.next_logits`."""

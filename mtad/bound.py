@@ -7,12 +7,13 @@ step: the target searches for the best block y, the draft says what it thinks of
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from mtad.config import DecodeConfig
 from mtad.decoders.exact import search_exact
+from mtad.draft import Drafter
 from mtad.errors import ConfigError
 from mtad.lm import CachedLM
 from mtad.logits import Logits
@@ -60,7 +61,9 @@ def certify(
 
 
 @torch.inference_mode()
-def measure(pair: ModelPair, trace: Trace, index: int) -> Bound:
+def measure(
+    pair: ModelPair, trace: Trace, index: int, *, check: Callable[[], None] = lambda: None
+) -> Bound:
     """The bound and the true gap of one step of a trace.
 
     The caller holds the lock of the device.
@@ -69,6 +72,7 @@ def measure(pair: ModelPair, trace: Trace, index: int) -> Bound:
         pair: the models that made the trace.
         trace: of `mtad` or `mtad_tree`.
         index: of the step.
+        check: called before every pass of the target; raises to stop the search.
 
     Raises:
         ConfigError: the method has no such bound, the step does not exist or accepted nothing.
@@ -86,11 +90,12 @@ def measure(pair: ModelPair, trace: Trace, index: int) -> Bound:
         raise ConfigError(f"Step {index} accepted no draft token, so there is nothing to bound.")
     before = [token for step in trace.steps[:index] for token in step.decision.emitted]
     context = [*trace.prompt_ids, *before]
-    target = CachedLM(pair.engine_target, pair.vocab_size)
+    target = CachedLM(pair.engine_target, pair.vocab_size, check=check)
     eos_ids = () if trace.config.ignore_eos else pair.eos_token_ids
     eos = torch.tensor(eos_ids, dtype=torch.int64, device=target.device)
     prefix = torch.tensor(context, dtype=torch.int64, device=target.device)
-    target.prefill(prefix[:-1])
+    draft = as_drafter(pair)
+    hidden = target.prefill(prefix[:-1], draft.target_layers)
     blocks = search_exact(
         target,
         prefix[-1:],
@@ -103,17 +108,21 @@ def measure(pair: ModelPair, trace: Trace, index: int) -> Bound:
         [decision.tree.target_logprobs[node] for node in decision.path],
         decision.reference_logprobs[:length],
         best.logprobs,
-        _draft_logprobs(pair, prefix, best.token_ids, trace.config),
+        _draft_logprobs(pair, draft, hidden, prefix, best.token_ids, trace.config),
         best.token_ids,
         trace.config.accept_threshold,
     )
 
 
 def _draft_logprobs(
-    pair: ModelPair, prefix: torch.Tensor, block: Sequence[int], config: DecodeConfig
+    pair: ModelPair,
+    draft: Drafter,
+    hidden: torch.Tensor | None,
+    prefix: torch.Tensor,
+    block: Sequence[int],
+    config: DecodeConfig,
 ) -> list[float]:
-    draft = as_drafter(pair)
-    draft.prefill(prefix[:-1], None)
+    draft.prefill(prefix[:-1], hidden)
     tokens = torch.tensor(block, dtype=torch.int64, device=prefix.device)
     logits = Logits.of(draft.next_logits(torch.cat([prefix[-1:], tokens[:-1]])))
     scored = score(logits.cut(pair.vocab_size), config)

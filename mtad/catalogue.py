@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from mtad.errors import ConfigError
 
 _SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "ignore_eos", "stop")
+_DRAFT = ("num_draft_tokens", "iteration_costs")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ _CATALOGUE = (
         "The draft writes γ tokens; one target pass accepts or corrects them one by one.",
         True,
         "Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318",
-        (*_SAMPLING, "num_draft_tokens"),
+        (*_SAMPLING, *_DRAFT),
     ),
     MethodInfo(
         "mtjd",
@@ -90,7 +91,7 @@ _CATALOGUE = (
         " whose joint ratio p/q exceeds τ.",
         False,
         _MTAD,
-        (*_SAMPLING, "num_draft_tokens", "beam_width", "accept_threshold"),
+        (*_SAMPLING, *_DRAFT, "beam_width", "accept_threshold"),
     ),
     MethodInfo(
         "mtad_tree",
@@ -98,7 +99,7 @@ _CATALOGUE = (
         "Verifies every beam of the draft at once as a token tree by the same joint rule.",
         False,
         _MTAD,
-        (*_SAMPLING, "num_draft_tokens", "beam_width", "accept_threshold"),
+        (*_SAMPLING, *_DRAFT, "beam_width", "accept_threshold"),
     ),
     MethodInfo(
         "specinfer",
@@ -114,7 +115,7 @@ _CATALOGUE = (
         "The draft writes until it is unsure; the target replaces its first unlikely token.",
         False,
         "Kim et al. 2023, arXiv 2302.07863",
-        (*_SAMPLING, "num_draft_tokens", "fallback_threshold", "rollback_threshold"),
+        (*_SAMPLING, *_DRAFT, "fallback_threshold", "rollback_threshold"),
         draft_length=10,
     ),
     MethodInfo(
@@ -123,7 +124,7 @@ _CATALOGUE = (
         "As speculative decoding, but accepts every token that is typical for the target.",
         False,
         "Cai et al. 2024 (Medusa), arXiv 2401.10774",
-        (*_SAMPLING, "num_draft_tokens", "typical_epsilon", "typical_delta"),
+        (*_SAMPLING, *_DRAFT, "typical_epsilon", "typical_delta"),
     ),
 )
 

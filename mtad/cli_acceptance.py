@@ -205,7 +205,8 @@ def _measure(
 
 def _run(outcome: Outcome, models: Any, file: RecordFile | None) -> None:
     """Measures the costs, then runs what is not in the file yet."""
-    from mtad.acceptance.sweep import jobs, sweep
+    from mtad.acceptance.order import jobs
+    from mtad.acceptance.sweep import sweep
 
     err = console(sys.stderr)
     todo = jobs(outcome.tasks, outcome.settings, outcome.records, outcome.config.seed)

@@ -40,6 +40,11 @@ _HELP: dict[str, tuple[Any, str]] = {
     "search": (str, "mtjd: beam or exact."),
     "joint_temperature": (float, "mtjd exact: blocks are drawn with p^(1/T). 0, or 0.001 to 100."),
     "node_budget": (int, "mtjd exact: most tree nodes of one iteration. 1 to 65536."),
+    "iteration_costs": (
+        str,
+        "With γ auto: cost of an iteration with 0, 1, 2, … draft tokens, such as 1,1.2,1.4."
+        " Default: measured.",
+    ),
     "ignore_eos": (bool, "Go on after an end-of-sequence token."),
     "stop": (list[str], "Cut the text before this string. May be given up to 16 times."),
 }
@@ -88,6 +93,8 @@ def config_from(given: dict[str, Any]) -> DecodeConfig:
         values["num_draft_tokens"] = _whole(length)
     if "k_config" in values:
         values["k_config"] = tuple(_whole(part) for part in values["k_config"].split(","))
+    if "iteration_costs" in values:
+        values["iteration_costs"] = tuple(map(_number, values["iteration_costs"].split(",")))
     if "stop" in values:
         values["stop"] = tuple(values["stop"])
     return DecodeConfig(**values)
@@ -97,6 +104,14 @@ def _whole(text: str) -> int | str:
     """The number, or the text itself for `DecodeConfig` to refuse by name."""
     try:
         return int(text)
+    except ValueError:
+        return text
+
+
+def _number(text: str) -> float | str:
+    """Likewise."""
+    try:
+        return float(text)
     except ValueError:
         return text
 

@@ -12,7 +12,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mtad.fields import is_text, is_whole, refuse
+from mtad.fields import is_number, is_text, is_whole, refuse
 
 MAX_NEW_TOKENS = 131_072
 # The CPU's generator reads the lowest 32 bits only: beyond them seeds would repeat.
@@ -30,9 +30,12 @@ class DecodeConfig:
     Attributes:
         max_new_tokens: most tokens that are emitted.
         num_draft_tokens: the draft length, γ in papers, `num_assistant_tokens` in transformers,
-            `num_speculative_tokens` in vLLM. "auto" starts at 4, lengthens the draft after a
-            block that was accepted whole and shortens it after any other; `mtjd`, which has no
-            draft, stays at 4.
+            `num_speculative_tokens` in vLLM. "auto" chooses the length of every draft by what
+            iterations cost on this machine and what was accepted so far, see `mtad.pace`; `mtjd`,
+            which has no draft, stays at 4.
+        iteration_costs: cost of an iteration with 0, 1, 2, … draft tokens, relative to the first;
+            read with num_draft_tokens="auto" only. None has the runner measure it once a pair
+            and write it into the trace: with it the same seed gives the same decisions again.
         beam_width: W, beams of the draft (`mtad`, `mtad_tree`) or of the target (`beam`, `mtjd`).
         accept_threshold: τ; a prefix passes while joint p / joint q > τ. Finite and > 0.
         temperature: divides the logits of both models. 0 chooses by maximum.
@@ -73,6 +76,7 @@ class DecodeConfig:
     search: Literal["beam", "exact"] = "beam"
     joint_temperature: float = 1.0
     node_budget: int = 4096
+    iteration_costs: tuple[float, ...] | None = None
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
 
@@ -99,6 +103,7 @@ class DecodeConfig:
             refuse("search", self.search, '"beam" or "exact"')
         self._float("joint_temperature", 0.001, 100.0, or_zero=True)
         self._int("node_budget", 1, 65_536)
+        self._iteration_costs()
         self._bool("ignore_eos")
         self._stop()
 
@@ -155,6 +160,17 @@ class DecodeConfig:
         if nodes > 1024:
             refuse("k_config", value, allowed)
         object.__setattr__(self, "k_config", tuple(value))
+
+    def _iteration_costs(self) -> None:
+        value: Any = self.iteration_costs
+        if value is None:
+            return
+        allowed = "2 to 65 numbers greater than 0 and at most 1e6"
+        if not isinstance(value, (tuple, list)) or not 2 <= len(value) <= 65:
+            refuse("iteration_costs", value, allowed)
+        if not all(is_number(cost) and 0 < cost <= 1e6 for cost in value):
+            refuse("iteration_costs", value, allowed)
+        object.__setattr__(self, "iteration_costs", tuple(float(cost) for cost in value))
 
     def _stop(self) -> None:
         value: Any = self.stop

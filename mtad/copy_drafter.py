@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mtad.draft import Drafter
+from mtad.draft import Drafter, Resumable
+from mtad.eager import Saved
 from mtad.logits import Logits
 
 _NO_TOKEN = -1
@@ -59,9 +60,19 @@ class CopyDrafter:
     def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
         """See `Drafter.prefill`."""
         self._drafter.prefill(token_ids, target_hidden)
-        self._text = token_ids
-        self._odds = torch.tensor(self._log_odds, device=token_ids.device)
-        self._begin_tree()
+        self._begin_text(token_ids)
+
+    def save(self) -> Saved | None:
+        """See `Resumable.save`: what the other drafter says."""
+        return self._drafter.save() if isinstance(self._drafter, Resumable) else None
+
+    def resume(
+        self, saved: Saved, kept: int, token_ids: Tensor, target_hidden: Tensor | None
+    ) -> None:
+        """See `Resumable.resume`."""
+        assert isinstance(self._drafter, Resumable)
+        self._drafter.resume(saved, kept, token_ids, target_hidden)
+        self._begin_text(token_ids)
 
     def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Logits:
         """See `Drafter.next_logits`."""
@@ -84,6 +95,11 @@ class CopyDrafter:
         self._drafter.keep(path, target_hidden)
         kept = self._tokens[:path] if isinstance(path, int) else self._tokens[path]
         self._text = torch.cat([self._text, kept])
+        self._begin_tree()
+
+    def _begin_text(self, token_ids: Tensor) -> None:
+        self._text = token_ids
+        self._odds = torch.tensor(self._log_odds, device=token_ids.device)
         self._begin_tree()
 
     def _begin_tree(self) -> None:

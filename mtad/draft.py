@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from mtad.eager import Saved
 from mtad.errors import PairError
 from mtad.lm import CachedLM, Recorder
 from mtad.logits import Logits
@@ -58,6 +59,26 @@ class Drafter(Protocol):
         """
 
 
+@runtime_checkable
+class Resumable(Protocol):
+    """A `Drafter` that can begin a run with what another run has left in its cache.
+
+    A drafter that cannot is simply given the whole prompt again.
+    """
+
+    def save(self) -> Saved | None:
+        """What the committed text has left; None if no run could go on from there."""
+
+    def resume(
+        self, saved: Saved, kept: int, token_ids: Tensor, target_hidden: Tensor | None
+    ) -> None:
+        """Starts a new run with [n] tokens, the first `kept` of which are taken from `saved`.
+
+        `kept` is from 1 to n and at most `saved.length`. `target_hidden` are the target's hidden
+        states [n − kept + 1, F·H] from token `kept` − 1 on: the next token is read with them.
+        """
+
+
 class LMDrafter:
     """A causal language model as a draft."""
 
@@ -71,6 +92,18 @@ class LMDrafter:
         self.lm.rollback(0)
         self.lm.prefill(token_ids)
 
+    def save(self) -> Saved:
+        """See `Resumable.save`."""
+        return self.lm.save()
+
+    def resume(
+        self, saved: Saved, kept: int, token_ids: Tensor, target_hidden: Tensor | None
+    ) -> None:
+        """See `Resumable.resume`; the hidden states are not read."""
+        self.lm.rollback(0)
+        self.lm.load(saved, kept)
+        self.lm.prefill(token_ids[kept:])
+
     def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Logits:
         """One forward pass over the new nodes."""
         output = self.lm.forward(token_ids, parents)
@@ -82,7 +115,13 @@ class LMDrafter:
 
 
 class RecordedDrafter:
-    """Any drafter, cut to the common vocabulary, recorded as "draft" spans, stoppable."""
+    """Any drafter, cut to the common vocabulary, recorded as "draft" spans, stoppable.
+
+    Attributes:
+        resume_from: what the prefill goes on from, and how many tokens of that; None if it
+            starts with nothing.
+        begun: True once the prefill is over.
+    """
 
     def __init__(
         self,
@@ -94,6 +133,8 @@ class RecordedDrafter:
         self.drafter = drafter
         self.vocab_size = vocab_size
         self.target_layers = drafter.target_layers
+        self.resume_from: tuple[Saved, int] | None = None
+        self.begun = False
         self._recorder = recorder
         self._check = check
 
@@ -101,7 +142,12 @@ class RecordedDrafter:
         """Recorded as "prefill"."""
         self._check()
         with self._recorder.span("prefill"):
-            self.drafter.prefill(token_ids, target_hidden)
+            if self.resume_from is None:
+                self.drafter.prefill(token_ids, target_hidden)
+            else:
+                assert isinstance(self.drafter, Resumable)
+                self.drafter.resume(*self.resume_from, token_ids, target_hidden)
+        self.begun = True
 
     def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Logits:
         """Recorded as "draft"."""

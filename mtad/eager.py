@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -29,6 +30,24 @@ class Output(NamedTuple):
     logits: Tensor
     hidden: Tensor | None
     search: Search = TORCH_SEARCH
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a text has left in a cache, copied, so that it outlives the run. Nobody writes to it.
+
+    Attributes:
+        length: tokens of the text, counted from its first.
+        tensors: laid out as the one who made them wants them back.
+    """
+
+    length: int
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that it takes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
 
 class Passes(Protocol):
@@ -67,6 +86,12 @@ class Passes(Protocol):
 
     def select(self, length: int, nodes: Tensor) -> None:
         """Keeps the prefix and, behind it, these of the nodes (ascending [k]); drops the rest."""
+
+    def save(self, length: int) -> tuple[Tensor, ...]:
+        """Copies of the first `length` slots."""
+
+    def load(self, tensors: Sequence[Tensor], length: int) -> None:
+        """Fills the first `length` slots of an empty cache from what `save` gave, or its begin."""
 
 
 class EagerPasses:
@@ -125,6 +150,22 @@ class EagerPasses:
             there = index.to(layer.keys.device)
             layer.keys = layer.keys.index_select(2, there)
             layer.values = layer.values.index_select(2, there)
+
+    def save(self, length: int) -> tuple[Tensor, ...]:
+        """See `Passes.save`; keys and values in turn, empty for a layer that has none."""
+        list(self._layers())  # refuses a cache that cannot be cut
+        saved: list[Tensor] = []
+        for layer in self._cache.layers:
+            held = layer.is_initialized
+            for states in (layer.keys, layer.values) if held else (torch.empty(0),) * 2:
+                saved.append(states[:, :, :length].clone() if held else states)
+        return tuple(saved)
+
+    def load(self, tensors: Sequence[Tensor], length: int) -> None:
+        """See `Passes.load`."""
+        for index, (keys, values) in enumerate(zip(tensors[::2], tensors[1::2], strict=True)):
+            if keys.numel():
+                self._cache.update(keys[:, :, :length], values[:, :, :length], index)
 
     def _states(self, output: Any, layers: Sequence[int]) -> Tensor | None:
         if not layers:

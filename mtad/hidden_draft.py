@@ -43,6 +43,8 @@ class HiddenDraftConfig:
         mlp_size: width of the gated MLP.
         rope_theta: base of the rotary positions.
         copy_weights: see `mtad.copy_drafter`; empty for a draft that copies nothing.
+        temperature: divides what the head reads when the draft is used, and so its logits (not a
+            bias of the head). Above 1 the draft is less sure than it was trained to be.
 
     Raises:
         ConfigError: names the field, the value and the allowed range.
@@ -56,6 +58,7 @@ class HiddenDraftConfig:
     mlp_size: int = 1536
     rope_theta: float = 10_000.0
     copy_weights: tuple[float, ...] = ()
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         check = FieldCheck(self)
@@ -82,9 +85,12 @@ class HiddenDraftConfig:
             isinstance(weight, (int, float)) and 0 <= weight < 1 for weight in weights
         ):
             check.refuse("copy_weights", weights, "at most 16 numbers from 0 to below 1")
+        if not is_number(self.temperature) or not 0.1 <= self.temperature <= 10:
+            check.refuse("temperature", self.temperature, "a number from 0.1 to 10")
         check.put("target_layers", tuple(layers))
         check.put("rope_theta", float(theta))
         check.put("copy_weights", tuple(float(weight) for weight in weights))
+        check.put("temperature", float(self.temperature))
 
 
 def _is_list(value: object) -> bool:
@@ -216,8 +222,13 @@ class HiddenDraft(nn.Module):
         return x, grown
 
     def head_input(self, state: Tensor) -> Tensor:
-        """[..., H]: what the rows of the target's head are multiplied with."""
+        """[..., H]: what the rows of the target's head are multiplied with in training."""
         return rms_norm(state, self.norm)
+
+    @property
+    def drafting_norm(self) -> Tensor:
+        """[H]: the weights of the last norm when the draft is used: `norm` over the temperature."""
+        return self.norm.detach() / self.config.temperature
 
     def _rotary(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         size = self.config.hidden_size // self.config.num_heads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -9,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtad import tree
+from mtad.eager import Saved
 from mtad.errors import PairError
-from mtad.hidden_draft import Ends, HiddenDraft, Past
+from mtad.hidden_draft import Ends, HiddenDraft, Past, rms_norm
 from mtad.lm import PREFILL_CHUNK_TOKENS
 from mtad.logits import Columns, Logits
 
@@ -44,6 +46,12 @@ class DraftPasses(Protocol):
 
     def crop(self, length: int) -> None:
         """Drops all slots from `length` on."""
+
+    def save(self, length: int) -> tuple[Tensor, ...]:
+        """Copies of the first `length` slots."""
+
+    def load(self, tensors: Sequence[Tensor], length: int) -> None:
+        """Fills the first `length` slots of an empty cache from what `save` gave, or its begin."""
 
 
 class RunnableDraft(Protocol):
@@ -86,6 +94,7 @@ class EagerDraftPasses:
     def __init__(self, draft: HiddenDraft, ends: Ends) -> None:
         self._draft = draft
         self._ends = ends
+        self._norm = draft.drafting_norm
         self._past: Past | None = None
         self.zeros = draft.norm.new_zeros(0, draft.norm.shape[0])
 
@@ -110,7 +119,7 @@ class EagerDraftPasses:
             embedded.unsqueeze(0), states.unsqueeze(0), positions, mask, self._past
         )
         found: Tensor = output[0]
-        wanted = self._draft.head_input(found[skipped:])
+        wanted = rms_norm(found[skipped:], self._norm)
         return found, F.linear(wanted, self._ends.head, self._ends.bias)
 
     def crop(self, length: int) -> None:
@@ -119,6 +128,15 @@ class EagerDraftPasses:
             self._past = [
                 (keys[:, :, :length], values[:, :, :length]) for keys, values in self._past
             ]
+
+    def save(self, length: int) -> tuple[Tensor, ...]:
+        """See `DraftPasses.save`; keys and values in turn."""
+        return tuple(part[:, :, :length].clone() for pair in self._past or () for part in pair)
+
+    def load(self, tensors: Sequence[Tensor], length: int) -> None:
+        """See `DraftPasses.load`."""
+        cut = [part[:, :, :length] for part in tensors]
+        self._past = list(zip(cut[::2], cut[1::2], strict=True)) or None
 
 
 class HiddenDrafter:
@@ -132,6 +150,11 @@ class HiddenDrafter:
     first, as the decoders do it.
     """
 
+    _passes: DraftPasses
+    _unread: Tensor
+    _states: Tensor
+    _tokens: Tensor
+
     def __init__(self, runnable: RunnableDraft, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.target_layers = runnable.draft.config.target_layers
@@ -140,25 +163,31 @@ class HiddenDrafter:
 
     def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
         """Reads [n] tokens, each with the target's state [n, F·H] of the token before it."""
-        count = token_ids.shape[0]
-        self._passes = self._runnable.passes()
-        self._cached = 0  # committed tokens in the draft's cache
-        self._length = min(count, 1)  # committed tokens
-        # Committed tokens that are not yet in it: the last ones of the text.
-        self._unread = token_ids[:0]
-        # The target's states from the token before `_unread` on, as far as they are known. There
-        # is none before the first token of a text, so that token is not read; as the first
-        # token of an empty prefix it is, with zeros.
-        self._states = self._passes.zeros.new_zeros(1 - self._length, self._passes.zeros.shape[1])
-        self._drop_nodes()
-        if count == 0:
-            return
+        # There is no state before the first token of a text, so that token is not read; as the
+        # first token of an empty prefix it is, with zeros.
+        first = token_ids[:1]
+        self._begin_text(first, first.shape[0])
+        if token_ids.shape[0]:
+            self._take(target_hidden)
+            self._commit(token_ids[1:])
+
+    def save(self) -> Saved | None:
+        """See `Resumable.save`: as far as the text was read with the target's states."""
+        position = self._length - self._unread.shape[0]
+        # A text that began empty was read from its first token on, which no prompt is.
+        if position != self._cached + 1:
+            return None
+        return Saved(position, self._passes.save(self._cached))
+
+    def resume(
+        self, saved: Saved, kept: int, token_ids: Tensor, target_hidden: Tensor | None
+    ) -> None:
+        """See `Resumable.resume`."""
+        self._begin_text(token_ids, kept)
+        self._cached = kept - 1
+        self._passes.load(saved.tensors, self._cached)
         self._take(target_hidden)
-        for start in range(1, count, PREFILL_CHUNK_TOKENS):
-            chunk = token_ids[start : start + PREFILL_CHUNK_TOKENS]
-            self._length += chunk.shape[0]
-            self._unread = chunk
-            self._read(chunk[:0], None)
+        self._commit(token_ids[kept:])
 
     def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Logits:
         """See `Drafter.next_logits`."""
@@ -184,6 +213,26 @@ class HiddenDrafter:
         self._states = self._states[stay:]
         self._unread = torch.cat([self._unread, nodes[stay:]])
         self._drop_nodes()
+
+    def _begin_text(self, token_ids: Tensor, length: int) -> None:
+        """An empty cache, and `length` committed tokens that need not be read."""
+        self._passes = self._runnable.passes()
+        self._cached = 0  # committed tokens in the draft's cache
+        self._length = length  # committed tokens
+        # Committed tokens that are not yet in it: the last ones of the text.
+        self._unread = token_ids[:0]
+        # The target's states from the token before `_unread` on, as far as they are known.
+        none = self._passes.zeros
+        self._states = none.new_zeros(0 if length else 1, none.shape[1])
+        self._drop_nodes()
+
+    def _commit(self, token_ids: Tensor) -> None:
+        """Reads [n] tokens of the text, the states before them being known."""
+        for start in range(0, token_ids.shape[0], PREFILL_CHUNK_TOKENS):
+            chunk = token_ids[start : start + PREFILL_CHUNK_TOKENS]
+            self._length += chunk.shape[0]
+            self._unread = chunk
+            self._read(chunk[:0], None)
 
     def _take(self, target_hidden: Tensor | None) -> None:
         if target_hidden is None:

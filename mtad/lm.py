@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtad import tree
-from mtad.eager import EagerPasses, Output, Passes
+from mtad.eager import EagerPasses, Output, Passes, Saved
 
 PREFILL_CHUNK_TOKENS = 512
 
@@ -249,6 +249,23 @@ class CachedLM:
         self.length = length
         self.nodes = 0
         self._ancestors = None
+
+    def save(self) -> Saved:
+        """What the committed prefix has left in the cache."""
+        return Saved(self.length, self._passes.save(self.length))
+
+    def load(self, saved: Saved, length: int) -> None:
+        """Commits the first `length` tokens of a text that was saved; the cache must be empty."""
+        if self.length or self.nodes or not 0 <= length <= saved.length:
+            raise ValueError(
+                f"length is {length}, but must be from 0 to {saved.length}, and the cache empty"
+                f" (it holds {self.length} tokens and {self.nodes} nodes)"
+            )
+        if not length:
+            return
+        with self._recorder.span("prefill"):
+            self._passes.load(saved.tensors, length)
+        self.length = length
 
     def _grow_tree(self, parents: Tensor | None, count: int, levels: int) -> Tensor:
         """Adds nodes to the tree; returns their positions."""

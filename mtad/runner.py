@@ -28,11 +28,13 @@ from mtad.draft import Drafter, RecordedDrafter
 from mtad.energy import Meter
 from mtad.errors import Cancelled, ConfigError, DeadlineExceeded, PairError, PromptError
 from mtad.hidden_draft import HiddenDraft
+from mtad.iteration_costs import measure_iterations
 from mtad.lm import CachedLM, Recorder, clock_for
 from mtad.metrics import summarize
 from mtad.native import library
 from mtad.pairs import EAGER, ModelPair, as_drafter
 from mtad.recording import Scribe, Timing, meter_for, synchronize
+from mtad.session import Session
 from mtad.text import encode_prompt
 from mtad.trace import Decision, Step, StopReason, Trace
 from mtad.version import __version__
@@ -42,6 +44,10 @@ _LOCK_POLL_SECONDS = 0.05
 _locks: dict[str, threading.Lock] = {}
 _locks_guard = threading.Lock()
 _warmed: weakref.WeakSet[ModelPair] = weakref.WeakSet()
+# By pair, then by method and beam width. Only read and written by the run that holds the device.
+_costs: weakref.WeakKeyDictionary[ModelPair, dict[tuple[str, int], tuple[float, ...]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def device_lock(device: torch.device) -> threading.Lock:
@@ -70,6 +76,7 @@ def stream(
     cancel: threading.Event | None = None,
     deadline_seconds: float | None = None,
     meter: Meter | None = None,
+    session: Session | None = None,
 ) -> Iterator[Step | Trace]:
     """Decodes in a worker thread and yields Steps as they happen, the Trace last.
 
@@ -88,6 +95,8 @@ def stream(
             decoded and says "cancelled".
         deadline_seconds: likewise after this many seconds, waiting for the device included.
         meter: measures energy; by default the best one for the device.
+        session: of a conversation: what it has of the prompt is not read again. The tokens are
+            those of a run without it.
 
     Raises:
         ConfigError, PromptError, PairError, BudgetError: with a message for the user, before
@@ -109,6 +118,7 @@ def stream(
         cancel or threading.Event(),
         deadline_seconds,
         meter,
+        session,
     )
     return run.events()
 
@@ -125,6 +135,7 @@ def run(
     cancel: threading.Event | None = None,
     deadline_seconds: float | None = None,
     meter: Meter | None = None,
+    session: Session | None = None,
 ) -> Trace:
     """`stream`, drained: returns the Trace."""
     events = stream(
@@ -138,6 +149,7 @@ def run(
         cancel=cancel,
         deadline_seconds=deadline_seconds,
         meter=meter,
+        session=session,
     )
     *_, trace = events
     assert isinstance(trace, Trace)
@@ -156,6 +168,7 @@ class _Run:
         cancel: threading.Event,
         deadline_seconds: float | None,
         meter: Meter | None,
+        session: Session | None,
     ) -> None:
         number = isinstance(deadline_seconds, (int, float)) and deadline_seconds > 0
         if deadline_seconds is not None and not number:
@@ -172,6 +185,7 @@ class _Run:
         self._closed = threading.Event()
         self._deadline_seconds = deadline_seconds
         self._meter = meter
+        self._session = session
         self._queue: queue.SimpleQueue[Step | Trace | BaseException] = queue.SimpleQueue()
 
     def events(self) -> Iterator[Step | Trace]:
@@ -245,14 +259,16 @@ class _Run:
         pair, device = self.pair, self.pair.device
         with contextlib.suppress(Cancelled):  # the run's own first pass says so again
             _warm_up(pair, self._check)
+            self._measure_costs()
         meter = self._meter or meter_for(pair.target, device)
         timing = Timing(device, meter)
         recorder = Recorder(clock_for(device), on_decode=timing.begin_decoding)
         target = CachedLM(pair.engine_target, pair.vocab_size, recorder=recorder, check=self._check)
+        drafter = self._drafter(recorder) if self.info.uses_draft else None
         budget = min(self.config.max_new_tokens, self.room)
         decisions = load_decoder(self.info.id)(
             target,
-            self._drafter(recorder) if self.info.uses_draft else None,
+            drafter,
             self.prompt_ids,
             dataclasses.replace(self.config, max_new_tokens=budget),
             torch.Generator(device).manual_seed(self.config.seed),
@@ -263,9 +279,14 @@ class _Run:
         timing.begin()
         try:
             with decoding(pair):
+                if self._session is not None:
+                    self._session.begin(pair, self.prompt_ids, target, drafter)
                 reason = self._drain(decisions, scribe)
         finally:
             windows = timing.end()
+        notes = tuple(pair.notes) if self.info.uses_draft else ()
+        if self._session is not None:
+            notes += self._leave(self._session, scribe, target, drafter)
         summary = summarize(
             scribe.steps,
             decode_seconds=timing.decode_seconds,
@@ -295,7 +316,7 @@ class _Run:
             energy=windows.decode,
             end_to_end_energy=windows.end_to_end,
             summary=summary,
-            notes=tuple(pair.notes) if self.info.uses_draft else (),
+            notes=notes,
         )
 
     def _drain(self, decisions: Iterator[Decision], scribe: Scribe) -> StopReason:
@@ -317,7 +338,40 @@ class _Run:
             return "eos"
         return "context" if self.room < self.config.max_new_tokens else "length"
 
-    def _drafter(self, recorder: Recorder) -> Drafter:
+    def _leave(
+        self, session: Session, scribe: Scribe, target: CachedLM, drafter: RecordedDrafter | None
+    ) -> tuple[str, ...]:
+        """Hands the caches to the session; says what the run had from it."""
+        emitted = (token for step in scribe.steps for token in step.decision.emitted)
+        session.end(self.pair, [*self.prompt_ids, *emitted], target, drafter)
+        if not session.reused_tokens:
+            return ()
+        return (
+            f"{session.reused_tokens:,} of {len(self.prompt_ids):,} prompt tokens were in the cache"
+            " of the conversation; the prefill read the others.",
+        )
+
+    def _measure_costs(self) -> None:
+        """Fills in `iteration_costs` where the config asks for "auto" and leaves them open."""
+        info, pair, config = self.info, self.pair, self.config
+        asked = config.num_draft_tokens == "auto" and config.iteration_costs is None
+        if not asked or not info.uses_draft or "num_draft_tokens" not in info.parameters:
+            return
+        known = _costs.setdefault(pair, {})
+        key = (info.id, config.beam_width)
+        if key not in known:
+            with decoding(pair):
+                known[key] = measure_iterations(info.id, self._models, config, pair.context_length)
+        self.config = dataclasses.replace(config, iteration_costs=known[key])
+
+    def _models(self) -> tuple[CachedLM, Drafter]:
+        """Both models with empty caches, for measurements."""
+        recorder = Recorder(clock_for(self.pair.device))
+        pair = self.pair
+        target = CachedLM(pair.engine_target, pair.vocab_size, check=self._check)
+        return target, self._drafter(recorder)
+
+    def _drafter(self, recorder: Recorder) -> RecordedDrafter:
         drafter = as_drafter(self.pair)
         return RecordedDrafter(drafter, self.pair.vocab_size, recorder, self._check)
 

@@ -210,5 +210,23 @@ def serve(kind: str) -> None:
     build(ReadyPair(), stream).launch(**launch_options())
 
 
+def serve_chat(kind: str) -> None:
+    """The page over hand-made answers for the Chat tab, and the real words in a small context."""
+    from transformers import AutoTokenizer
+
+    from mtad.fetch import fetch
+    from mtad.ui.page import build, launch_options
+    from tests.test_chat import MARKDOWN, ChatPair, chat_stream
+    from tests.test_ui import HOSTILE, WORDS
+
+    stream = {
+        "chat-hostile": chat_stream((*HOSTILE, *MARKDOWN), 12),
+        "chat-long": chat_stream(WORDS, 3000, 0.03),
+    }[kind]
+    pair = ChatPair()
+    pair.tokenizer, pair.context_length = AutoTokenizer.from_pretrained(fetch()), 2000
+    build(pair, stream).launch(**launch_options())
+
+
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    (serve_chat if sys.argv[1].startswith("chat") else serve)(sys.argv[1])

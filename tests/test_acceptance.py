@@ -39,6 +39,7 @@ from mtad.acceptance.measures import (
     resamples,
     rows,
 )
+from mtad.acceptance.order import jobs, task_seed
 from mtad.acceptance.records import (
     Record,
     RecordFile,
@@ -50,7 +51,7 @@ from mtad.acceptance.records import (
     match,
     spread,
 )
-from mtad.acceptance.sweep import fingerprint, jobs, sweep, task_seed
+from mtad.acceptance.sweep import fingerprint, sweep
 from mtad.cli import app
 from mtad.cli_acceptance_table import (
     FRONTIER_HEADINGS,

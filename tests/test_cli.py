@@ -326,13 +326,19 @@ def test_options_reach_the_config() -> None:
     given = {
         "num_draft_tokens": "7",
         "k_config": "3,2",
+        "iteration_costs": "1,1.5",
         "stop": ["a", "b"],
         "replacement": False,
         "temperature": 0.0,
         "seed": None,
     }
     assert config_from(given) == DecodeConfig(
-        num_draft_tokens=7, k_config=(3, 2), stop=("a", "b"), replacement=False, temperature=0.0
+        num_draft_tokens=7,
+        k_config=(3, 2),
+        iteration_costs=(1.0, 1.5),
+        stop=("a", "b"),
+        replacement=False,
+        temperature=0.0,
     )
     assert config_from({"num_draft_tokens": "auto"}).num_draft_tokens == "auto"
 

@@ -93,6 +93,11 @@ TABLE: dict[str, tuple[str, list[Any], list[Any]]] = {
         [0, 0.001, 100],
     ),
     "node_budget": ("a whole number from 1 to 65536", [*NOT_WHOLE, *HUGE, 0, 65537], [1, 65536]),
+    "iteration_costs": (
+        "2 to 65 numbers greater than 0 and at most 1e6",
+        [(), (1.0,), (1, 0.0), (1, -1), (1, math.nan), (1, 10**400), (1, "2"), "12", 5, (1,) * 66],
+        [(1, 0.5), (1.0,) * 65],
+    ),
     "ignore_eos": ("True or False", NOT_BOOL, [True, False]),
     "stop": (
         f"at most {MAX_STOP_STRINGS} non-empty strings",

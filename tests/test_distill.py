@@ -900,15 +900,16 @@ def test_stopping_and_going_on_changes_nothing(
     assert curves[0] == curves[1]
 
     # A finished run is finished: the same command only saves it again, elsewhere as well, and
-    # so does one with other copy weights, which nothing is trained with.
+    # so does one with other copy weights or another temperature, which nothing is trained with.
     kept = (work / CHECKPOINT).stat()
     for folder, recipe in (
         (out, RECIPE),
-        (tmp_path / "new", changed(draft={"copy_weights": [0.5]})),
+        (tmp_path / "new", changed(draft={"copy_weights": [0.5], "temperature": 1.5})),
     ):
         draft = learn(target, recipe, work, folder, watch=StopAt("train", 1).watch)
         assert same_tensors(folder / FILE_NAME, finished / "out" / FILE_NAME)
         assert draft.config.copy_weights == recipe.draft.copy_weights
+        assert draft.config.temperature == recipe.draft.temperature
     now = (work / CHECKPOINT).stat()
     assert (now.st_ino, now.st_mtime_ns) == (kept.st_ino, kept.st_mtime_ns), "written again"
 

@@ -41,6 +41,7 @@ def make_draft(seed: int = 0, hidden_size: int = 16, **shape: Any) -> HiddenDraf
         "num_heads": 4,
         "num_key_value_heads": 2,
         "mlp_size": 32,
+        "temperature": 1.25,
         **shape,
     }
     with torch.random.fork_rng():
@@ -82,7 +83,7 @@ class Reference:
             own = out[0, 0]
         assert own is not None
         head = self.target.get_output_embeddings().weight[self.draft.token_ids]
-        return F.linear(self.draft.head_input(own), head)
+        return F.linear(self.draft.head_input(own), head) / self.draft.config.temperature
 
 
 def native_sizes(family: str = "llama") -> tuple[PreTrainedModel, HiddenDraft]:
@@ -346,6 +347,10 @@ def test_what_is_no_draft_is_refused(tmp_path: Path) -> None:
         ("rope_theta", 0),
         ("rope_theta", 10**400),
         ("rope_theta", "a"),
+        ("temperature", 0),
+        ("temperature", float("nan")),
+        ("temperature", "1"),
+        ("temperature", True),
         ("copy_weights", [1.0]),
         ("copy_weights", [-0.1]),
         ("copy_weights", [float("nan")]),

@@ -6,6 +6,7 @@ the trace that came back from JSON, so that the page, which sees nothing else, c
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 
 import mtad
 from mtad.config import MAX_SEED
+from mtad.pace import Pace
 from mtad.trace import Decision, Trace
 from mtad.whatif import accepted_length_at, accepted_path
 from tests.models import tiny
@@ -332,22 +334,47 @@ def test_a_block_that_is_accepted_whole_does_not_overshoot(method: str) -> None:
         assert (len(trace.token_ids), trace.stop_reason) == (24 - size, "context")
 
 
-def test_an_automatic_draft_length_follows_what_is_accepted() -> None:
-    """From 4, +2 after a block that passed whole, −1 after any other, between 1 and 16."""
-    config = mtad.DecodeConfig(max_new_tokens=120, num_draft_tokens="auto")
+@pytest.mark.parametrize("method", ["speculative", "mtad", "mtad_tree"])
+def test_an_automatic_draft_length_follows_what_is_accepted(method: str) -> None:
+    """Each draft has the length that `Pace` chooses after the iterations before it."""
+    costs = tuple(1 + 0.1 * length for length in range(13))
+    config = mtad.DecodeConfig(
+        max_new_tokens=120, num_draft_tokens="auto", iteration_costs=costs, accept_threshold=0.9
+    )
     lengths = {}
     for kind in ("twins", "strangers"):
-        trace = mtad.run("speculative", pair_of(kind), prompt_ids=PROMPT, config=config)
-        expected, left = 4, 120
+        trace = mtad.run(method, pair_of(kind), prompt_ids=PROMPT, config=config)
+        pace, left = Pace(costs), 120
         for decision in trace.decisions():
             depth = decision.tree.depth
-            assert depth == min(expected, left - 1)
+            assert depth == min(pace.length, left - 1)
             left -= len(decision.emitted)
-            step = 2 if decision.accepted_length == depth else -1
-            expected = max(1, min(16, expected + step))
-        lengths[kind] = max(decision.tree.depth for decision in trace.decisions())
-    assert lengths == {"twins": 16, "strangers": lengths["strangers"]}
-    assert lengths["strangers"] < 16
+            pace.observe(decision.accepted_length, depth)
+        lengths[kind] = [decision.tree.depth for decision in trace.decisions()]
+    assert max(lengths["twins"]) == 12
+    assert min(lengths["strangers"][:-1]) < lengths["strangers"][0] < 12
+
+
+def test_what_iterations_cost_is_measured_once_and_told() -> None:
+    pair = pair_of("twins")
+    config = mtad.DecodeConfig(max_new_tokens=40, num_draft_tokens="auto")
+    first, second = (mtad.run("mtad", pair, prompt_ids=PROMPT, config=config) for _ in range(2))
+    costs = first.config.iteration_costs
+    assert costs is not None and costs[0] == 1.0 and len(costs) > 2
+    assert list(costs) == sorted(costs)
+    assert second.config == first.config
+    assert second.decisions() == first.decisions()
+    # Told them, another pair of the same models decides the same.
+    other = pair_of("twins")
+    assert mtad.run("mtad", other, prompt_ids=PROMPT, config=first.config).decisions() == (
+        first.decisions()
+    )
+    plain = mtad.run("autoregressive", pair, prompt_ids=PROMPT, config=config)
+    assert plain.config.iteration_costs is None
+    told = mtad.run(
+        "mtad", pair, prompt_ids=PROMPT, config=dataclasses.replace(config, iteration_costs=(1, 2))
+    )
+    assert {decision.tree.depth for decision in told.decisions()[:-1]} == {1}
 
 
 def traces_with_impossible_tokens() -> list[Trace]:

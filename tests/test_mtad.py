@@ -18,7 +18,7 @@ from mtad.decoders import load_decoder
 from mtad.decoders import mtad as mtad_decoder
 from mtad.decoders.beams import Beams, beam_weights, grow_beams
 from mtad.draft import LMDrafter
-from mtad.errors import BudgetError, ConfigError, PairError
+from mtad.errors import BudgetError, Cancelled, ConfigError, PairError
 from mtad.lm import CachedLM
 from mtad.sampling import score, warp
 from tests.models import tiny
@@ -320,6 +320,40 @@ def test_there_is_no_bound_for_other_methods_or_empty_steps() -> None:
         bound.measure(PAIR, rejected, 0)
     with pytest.raises(ConfigError, match="step is 99, but must be from 0 to"):
         bound.measure(PAIR, rejected, 99)
+
+
+def test_the_search_of_the_bound_stops_before_a_pass() -> None:
+    trace = run("mtad", PAIR, accept_threshold=0.05, top_k=4, num_draft_tokens=3)
+    index = next(step.index for step in trace.steps if step.decision.accepted_length > 1)
+    passes = 0
+
+    def check() -> None:
+        nonlocal passes
+        passes += 1
+        if passes == 2:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled, match="enough"):
+        bound.measure(PAIR, trace, index, check=check)
+    assert passes == 2
+
+
+def test_the_bound_of_a_draft_that_reads_the_targets_states(smollm2: Any) -> None:
+    """Its q of the accepted block, asked for again as that of a best block, is the recorded one."""
+    config = mtad.DecodeConfig(max_new_tokens=32, seed=3)
+    trace = mtad.run("mtad", smollm2, prompt="Why is the sky blue?", config=config)
+    found = 0
+    for step in trace.steps:
+        decision = step.decision
+        if not decision.accepted_length:
+            continue
+        result = bound.measure(smollm2, trace, step.index)
+        assert result.gap >= -1e-2
+        accepted = tuple(decision.tree.token_ids[node] for node in decision.path)
+        if result.best_token_ids == accepted and result.search_gap is not None:
+            found += 1
+            assert result.search_gap == pytest.approx(0.0, abs=0.05)
+    assert found > 0
 
 
 def test_mtjd_beam_commits_the_most_probable_final_beam() -> None:

@@ -32,6 +32,7 @@ def iteration_passes(setting: Setting, beam_width: int) -> tuple[Pass, Pass] | N
 
     None without a draft, and where iterations differ.
     """
+    beam_width = setting.beam_width or beam_width
     draft_rows = {"speculative": 1, "typical": 1, "mtad": beam_width, "mtad_tree": beam_width}
     rows, gamma = draft_rows.get(setting.method), setting.num_draft_tokens
     if rows is None or not isinstance(gamma, int):

@@ -48,22 +48,27 @@ class Setting:
         method: id of a decoding method.
         num_draft_tokens: γ; None for methods that read none.
         accept_threshold: τ; None for methods that read none.
+        beam_width: W; None for methods that read none, and where all runs have the same.
     """
 
     method: str
     num_draft_tokens: int | Literal["auto"] | None = None
     accept_threshold: float | None = None
+    beam_width: int | None = None
 
     def __str__(self) -> str:
         gamma = "" if self.num_draft_tokens is None else f" γ {self.num_draft_tokens}"
         tau = "" if self.accept_threshold is None else f" τ {self.accept_threshold:g}"
-        return f"{self.method}{gamma}{tau}"
+        width = "" if self.beam_width is None else f" W {self.beam_width}"
+        return f"{self.method}{gamma}{tau}{width}"
 
     def config(self, shared: DecodeConfig, seed: int) -> DecodeConfig:
         """The parameters of a run of this setting; the rest is as in `shared`."""
         own: dict[str, Any] = {"num_draft_tokens": self.num_draft_tokens, "seed": seed}
         if self.accept_threshold is not None:
             own["accept_threshold"] = self.accept_threshold
+        if self.beam_width is not None:
+            own["beam_width"] = self.beam_width
         return dataclasses.replace(shared, **own)
 
 
@@ -71,8 +76,9 @@ def grid(
     methods: Sequence[str],
     draft_lengths: Sequence[int | Literal["auto"]],
     thresholds: Sequence[float],
+    beam_widths: Sequence[int | None] = (None,),
 ) -> list[Setting]:
-    """Every method with every γ and τ; what a method does not read does not multiply it.
+    """Every method with every γ, τ and W; what a method does not read does not multiply it.
 
     Raises:
         ConfigError: there is no such method, or a value is outside its range.
@@ -82,7 +88,13 @@ def grid(
         reads = method_info(method).parameters
         gammas = draft_lengths if "num_draft_tokens" in reads else (None,)
         taus = thresholds if "accept_threshold" in reads else (None,)
-        found += [Setting(method, gamma, tau) for tau in taus for gamma in gammas]
+        widths = beam_widths if "beam_width" in reads else (None,)
+        found += [
+            Setting(method, gamma, tau, width)
+            for width in widths
+            for tau in taus
+            for gamma in gammas
+        ]
     for setting in found:
         setting.config(DecodeConfig(), seed=0)
     return list(dict.fromkeys(found))

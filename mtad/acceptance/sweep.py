@@ -1,8 +1,6 @@
 """Runs a grid of settings over prompts and yields a Record of each run.
 
-Prompt by prompt all settings take turns in an order that is shuffled each time, so that a
-machine that becomes warm or busy favours none, and an interrupted sweep compares what it has on
-the same prompts. All runs of a prompt share a seed.
+In which order, and with which seeds: see `mtad.acceptance.order`.
 """
 
 from __future__ import annotations
@@ -10,17 +8,16 @@ from __future__ import annotations
 import array
 import dataclasses
 import hashlib
-import random
 import threading
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mtad.acceptance.order import Job, task_seed
 from mtad.acceptance.records import Record, Setting, Task
-from mtad.config import MAX_SEED, DecodeConfig
+from mtad.config import DecodeConfig
 from mtad.errors import Cancelled, MtadError
 from mtad.pairs import ModelPair
 from mtad.runner import run
@@ -28,8 +25,6 @@ from mtad.trace import ModelInfo, Trace
 
 WARM_UP_TOKENS = 8
 _SAMPLED_WEIGHTS = 1024
-
-Job = tuple[Task, Setting]
 
 
 def fingerprint(pair: ModelPair, config: DecodeConfig) -> dict[str, Any]:
@@ -70,24 +65,6 @@ def _sample(tensor: Tensor) -> bytes:
     return array.array("f", values.tolist()).tobytes()
 
 
-def task_seed(seed: int, task: Task) -> int:
-    """The seed of all runs of a prompt; it does not depend on which other prompts are run."""
-    return (seed + zlib.crc32(task.id.encode(errors="replace"))) % (MAX_SEED + 1)
-
-
-def jobs(
-    tasks: Sequence[Task], settings: Sequence[Setting], done: Sequence[Record], seed: int
-) -> list[Job]:
-    """What is still to be run, in order."""
-    finished = {(record.task_id, record.setting) for record in done}
-    order = []
-    for task in tasks:
-        chance = random.Random(task_seed(seed, task))
-        turns = chance.sample(list(settings), len(settings))
-        order += [(task, turn) for turn in turns if (task.id, turn) not in finished]
-    return order
-
-
 def sweep(
     pair: ModelPair,
     todo: Sequence[Job],
@@ -98,7 +75,7 @@ def sweep(
 
     Args:
         pair: the models.
-        todo: see `jobs`.
+        todo: see `mtad.acceptance.order.jobs`.
         config: everything but γ and τ; `seed` is where the seeds of the prompts start.
         cancel: ends the run in progress, whose record is lost, and the sweep.
 

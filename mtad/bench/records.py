@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, TypeAdapter, ValidationError
 
 from mtad.acceptance.records import Positive, Record, RecordFile, RecordsError, Setting, Task, match
-from mtad.trace import Count, EnergyReading
+from mtad.trace import Count, EnergyReading, Trace
 
 FORMAT = 1
 
@@ -56,6 +56,23 @@ class Run:
         """None for an answer that ended in its first pass."""
         seconds = self.record.decode_seconds
         return self.timed_tokens / seconds if self.timed_tokens and seconds > 0 else None
+
+    @staticmethod
+    def of(trace: Trace, setting: Setting, task: Task, repeat: int = 0) -> Run:
+        """What a trace of one of our methods says: all of its passes were timed."""
+        record = Record.of(trace, setting, task)
+        return Run(
+            record=record,
+            repeat=repeat,
+            engine=trace.engine,
+            dtype=trace.dtype,
+            prompt_tokens=len(trace.prompt_ids),
+            timed_tokens=record.tokens,
+            timed_passes=record.target_passes,
+            timed_draft_passes=record.draft_passes,
+            timed_draft_positions=None,
+            energy=trace.energy,
+        )
 
 
 class RunFile(RecordFile):

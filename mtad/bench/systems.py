@@ -11,8 +11,9 @@ from typing import NamedTuple, Protocol
 import torch
 from transformers import PreTrainedModel
 
-from mtad.acceptance.records import Record, Setting, Task, grid
-from mtad.acceptance.sweep import WARM_UP_TOKENS, jobs, task_seed
+from mtad.acceptance.order import jobs, task_seed
+from mtad.acceptance.records import Setting, Task, grid
+from mtad.acceptance.sweep import WARM_UP_TOKENS
 from mtad.bench.baselines import ENGINE, Transformers, in_dtype
 from mtad.bench.measures import ASSISTED, GENERATE, Line
 from mtad.bench.records import Run
@@ -78,19 +79,7 @@ class Own:
         )
         if trace.stop_reason == "cancelled":
             return None
-        record = Record.of(trace, self.setting, task)
-        return Run(
-            record=record,
-            repeat=repeat,
-            engine=trace.engine,
-            dtype=trace.dtype,
-            prompt_tokens=len(prompt_ids),
-            timed_tokens=record.tokens,
-            timed_passes=record.target_passes,
-            timed_draft_passes=record.draft_passes,
-            timed_draft_positions=None,
-            energy=trace.energy,
-        )
+        return Run.of(trace, self.setting, task, repeat)
 
 
 class Failure(NamedTuple):

@@ -7,7 +7,7 @@ everything that was recorded over it.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -60,6 +60,16 @@ class Arena:
         """Moves slots [k] down to start, start + 1, …; what stood there is lost."""
         kept = self.cache.index_select(2, slots)
         self.cache[:, :, start : start + slots.shape[0]] = kept
+
+    def save(self, length: int) -> tuple[Tensor, ...]:
+        """A copy of the first `length` slots."""
+        return (self.cache[:, :, :length].clone(),)
+
+    def load(self, tensors: Sequence[Tensor], length: int) -> None:
+        """Fills the first `length` slots of an empty cache from what `save` gave, or its begin."""
+        (kept,) = tensors
+        self.reserve(length, 0)
+        self.cache[:, :, :length] = kept[:, :, :length]
 
     def _take(self, cache: Tensor) -> None:
         self.cache = cache

@@ -45,7 +45,7 @@ class CudaDraft:
             powers = torch.arange(0, size, 2, device=draft.norm.device).float() / size
             self.stack = Stack(
                 layers=[_layer_of(layer) for layer in draft.layers],  # type: ignore[arg-type]
-                norm=draft.norm.detach(),
+                norm=draft.drafting_norm,
                 heads=config.num_heads,
                 kv_heads=config.num_key_value_heads,
                 eps=NORM_EPS,

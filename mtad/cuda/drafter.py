@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mtad.cuda.arena import MOST_ROWS, padded, power_of_two
 from mtad.cuda.draft import CudaDraft
+from mtad.eager import Saved
 from mtad.errors import PairError
 
 _CHUNK_TOKENS = 512
@@ -33,27 +34,28 @@ class CudaDrafter:
 
     def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
         """Reads [n] tokens, each with the target's state [n, F·H] of the token before it."""
-        count = token_ids.shape[0]
-        self._arena.wipe()
-        self._cached = 0
-        self._text = 0
         # The first token of a text has none before it and is not read, except below an empty
         # prefix: then with zeros.
-        self._position = min(count, 1)  # in the text, of an entry right below the prefix
-        self._begin(token_ids[:0])
-        # The target's, from the prefix on.
-        self._states = self._arena.books.states.new_zeros(1 - self._position, self._width)
-        if count == 0:
-            return
+        self._begin_text(0, token_ids[:1])
+        if token_ids.shape[0]:
+            self._take(target_hidden)
+            self._commit(token_ids[1:])
+
+    def save(self) -> Saved | None:
+        """See `Resumable.save`: as far as the text was read with the target's states."""
+        # A text that began empty was read from its first token on, which no prompt is.
+        if self._position != self._cached + 1:
+            return None
+        return Saved(self._position, self._arena.save(self._cached))
+
+    def resume(
+        self, saved: Saved, kept: int, token_ids: Tensor, target_hidden: Tensor | None
+    ) -> None:
+        """See `Resumable.resume`."""
+        self._begin_text(kept - 1, token_ids[:kept])
+        self._arena.load(saved.tensors, self._cached)
         self._take(target_hidden)
-        self._append(token_ids[:1])
-        for start in range(1, count, _CHUNK_TOKENS):
-            chunk = token_ids[start : start + _CHUNK_TOKENS]
-            self._append(chunk)
-            self._begin(chunk)
-            self._read(0, chain=True)
-            self._drop(chunk.shape[0])
-        self._begin(token_ids[:0])
+        self._commit(token_ids[kept:])
 
     def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor:
         """See `Drafter.next_logits`; the result is log q itself where the draft copies."""
@@ -86,6 +88,28 @@ class CudaDrafter:
     @property
     def _width(self) -> int:
         return self._made.stack.width
+
+    def _begin_text(self, cached: int, token_ids: Tensor) -> None:
+        """An empty cache that is to hold `cached` tokens of a text, of which [n] are committed."""
+        self._arena.wipe()
+        self._cached = cached
+        self._text = 0
+        self._position = token_ids.shape[0]  # in the text, of an entry right below the prefix
+        self._append(token_ids)
+        self._begin(token_ids[:0])
+        # The target's, from the prefix on.
+        before = 0 if self._position else 1
+        self._states = self._arena.books.states.new_zeros(before, self._width)
+
+    def _commit(self, token_ids: Tensor) -> None:
+        """Reads [n] tokens of the text, the states before them being known."""
+        for start in range(0, token_ids.shape[0], _CHUNK_TOKENS):
+            chunk = token_ids[start : start + _CHUNK_TOKENS]
+            self._append(chunk)
+            self._begin(chunk)
+            self._read(0, chain=True)
+            self._drop(chunk.shape[0])
+        self._begin(token_ids[:0])
 
     def _take(self, target_hidden: Tensor | None) -> None:
         if target_hidden is None:

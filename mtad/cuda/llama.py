@@ -166,6 +166,14 @@ class CudaPasses:
         """See `Passes.select`."""
         self._arena.move(length + nodes, length)
 
+    def save(self, length: int) -> tuple[Tensor, ...]:
+        """See `Passes.save`. A copy: the arena and its graphs are lent to the next run."""
+        return self._arena.save(length)
+
+    def load(self, tensors: Sequence[Tensor], length: int) -> None:
+        """See `Passes.load`."""
+        self._arena.load(tensors, length)
+
     def _given(
         self,
         token_ids: Tensor,

@@ -21,11 +21,11 @@ from mtad.draft import Drafter
 from mtad.errors import PairError
 from mtad.lm import CachedLM
 from mtad.logits import Logits
+from mtad.pace import Pace
 from mtad.sampling import token_logprobs, top_alternatives, wide
 from mtad.trace import Alternative, Decision, DraftTree, FinalKind
 
 NUM_ALTERNATIVES = 5
-MAX_AUTO_DRAFT_TOKENS = 16
 
 
 @dataclass
@@ -95,6 +95,7 @@ class State:
         remaining: tokens that may still be emitted.
         ended: True after an end-of-sequence.
         draft_length: γ of the next iteration, before it is cut to what remains.
+        pace: chooses it with num_draft_tokens="auto"; None otherwise.
         draft_passes: of the present iteration.
         hidden: [1 + N, F·H] what the draft wants to know of the last verification pass; None if
             it reads no hidden states.
@@ -111,6 +112,7 @@ class State:
     remaining: int
     ended: bool = False
     draft_length: int = 4
+    pace: Pace | None = None
     draft_passes: int = 0
     hidden: Tensor | None = None
 
@@ -123,13 +125,20 @@ class State:
         generator: torch.Generator,
         eos_token_ids: Sequence[int],
     ) -> State:
-        """Prefills both caches with all of the prompt but its last token, which is pending."""
+        """Prefills both caches with all of the prompt but its last token, which is pending.
+
+        What the target's cache holds of the prompt already, it keeps.
+        """
         eos_ids = frozenset(() if config.ignore_eos else eos_token_ids)
         prompt = torch.tensor(prompt_ids, dtype=torch.int64, device=target.device)
-        hidden = target.prefill(prompt[:-1], draft.target_layers if draft is not None else ())
+        layers = draft.target_layers if draft is not None else ()
+        hidden = target.prefill(prompt[target.length : -1], layers)
         if draft is not None:
             draft.prefill(prompt[:-1], hidden)
         length = config.num_draft_tokens
+        pace = Pace(config.iteration_costs) if length == "auto" and draft is not None else None
+        if pace is not None:
+            length = pace.length
         return State(
             target=target,
             draft=draft,
@@ -141,6 +150,7 @@ class State:
             draft_pending=prompt[-1:],
             remaining=config.max_new_tokens,
             draft_length=length if isinstance(length, int) else 4,
+            pace=pace,
         )
 
     @property
@@ -241,7 +251,9 @@ class State:
             if not tree.token_ids:
                 final_kind = "sampled"
         self._advance(proposal, path, len(accepted_path), final_token)
-        self._adapt(len(accepted_path), tree.depth)
+        if self.pace is not None and tree.depth:
+            self.pace.observe(len(accepted_path), tree.depth)
+            self.draft_length = self.pace.length
         self.remaining -= len(new_tokens)
         self.ended = new_tokens[-1] in self.eos_ids
         draft_passes, self.draft_passes = self.draft_passes, 0
@@ -286,15 +298,6 @@ class State:
             self.draft.keep(torch.cat([fed, waiting + nodes]), hidden)
         # After a whole block the draft is one token short: it never read the last one.
         self.draft_pending = torch.cat([accepted_tokens[cached:], self.pending])
-
-    def _adapt(self, accepted: int, offered: int) -> None:
-        """num_draft_tokens="auto": longer after a block that passed whole, shorter otherwise.
-
-        The schedule of transformers' assisted generation: +2 or −1, here between 1 and 16.
-        """
-        if self.config.num_draft_tokens == "auto" and offered:
-            grown = self.draft_length + (2 if accepted >= offered else -1)
-            self.draft_length = max(1, min(grown, MAX_AUTO_DRAFT_TOKENS))
 
 
 def to_host(**columns: Tensor) -> dict[str, list[float]]:

@@ -108,12 +108,14 @@ def card(report: dict[str, Any]) -> str:
     options = "" if preset else f" --target PATH/TO/{target}"
     options += f" --start {begun}" if begun else ""
     anew = f" Without {begun}, leave --start out: training then begins anew." if begun else ""
-    copying = (
-        " In use, what followed the last words where they stood before gets a share of q: copying"
-        " is no part of the figures below."
+    in_use = [
+        f"its logits are divided by {draft['temperature']:g}" if draft["temperature"] != 1 else "",
+        "what followed the last words where they stood before gets a share of q"
         if draft["copy_weights"]
-        else ""
-    )
+        else "",
+    ]
+    in_use = [part for part in in_use if part]
+    use = f" In use, {' and '.join(in_use)}: no part of the figures below." if in_use else ""
     sections = {
         f"# A draft for {target}": (
             f"It proposes tokens that {target} verifies, in speculative and in multi-token assisted"
@@ -121,7 +123,7 @@ def card(report: dict[str, Any]) -> str:
             f" ({report['parameters'] / 1e6:.1f} M parameters, in 8 bits with a scale a row:"
             f" {FILE_NAME}) read the target's hidden states {layers} and write into the target's"
             f" own head, cut to the {draft['head_tokens']:,} tokens that are most frequent in"
-            f" answers; all others have q = 0. Neither embedding nor head is stored.{copying}"
+            f" answers; all others have q = 0. Neither embedding nor head is stored.{use}"
         ),
         "## Data": (
             f"Written by the target itself: {corpus['tokens'] / 1e6:.2f} million tokens in"

@@ -123,6 +123,7 @@ class Shape:
         head_tokens: K; it proposes only the K tokens that occur most often in the answers.
         copy_weights: the share of q for a token copied from the text, by the length of the match;
             empty for no copying. Nothing is trained with it; see `mtad.copy_drafter`.
+        temperature: divides its logits when it is used. Nothing is trained with it either.
     """
 
     target_layers: tuple[int, ...]
@@ -130,6 +131,7 @@ class Shape:
     mlp_size: int = 1536
     head_tokens: int = 8192
     copy_weights: tuple[float, ...] = ()
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         check = FieldCheck(self, "draft")
@@ -147,6 +149,7 @@ class Shape:
         if not all(isinstance(weight, (int, float)) and 0 <= weight <= 0.99 for weight in weights):
             check.refuse("copy_weights", weights, allowed)
         check.put("copy_weights", tuple(float(weight) for weight in weights))
+        check.number("temperature", 0.1, 10.0)
 
 
 @dataclass(frozen=True)

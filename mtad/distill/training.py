@@ -76,7 +76,7 @@ def train(
     identity = {
         # The first that differs is named, and another target writes another corpus.
         "target": target.digest,
-        "recipe": fingerprint(_without_copying(recipe.draft), training, recipe.seed),
+        "recipe": fingerprint(_as_trained(recipe.draft), training, recipe.seed),
         "corpus": corpus.digest,
         "start": "" if start is None else checkpoint.digest_of(start.state_dict()),
     }
@@ -232,7 +232,7 @@ def new_draft(
         torch.manual_seed(recipe.seed)
         draft = HiddenDraft(config, token_ids)
     if start is not None:
-        if _without_copying(start.config) != _without_copying(config):
+        if _as_trained(start.config) != _as_trained(config):
             raise ConfigError(
                 f"The draft to start from has the shape {start.config}, but the recipe asks for"
                 f" {config}. Change the recipe's part draft, or start anew."
@@ -250,9 +250,9 @@ def new_draft(
     return draft.to(target.device)
 
 
-def _without_copying(shape: _Shape) -> _Shape:
-    """What training depends on: the copy weights only matter when the draft is used."""
-    return dataclasses.replace(shape, copy_weights=())
+def _as_trained(shape: _Shape) -> _Shape:
+    """What training depends on: the rest only matters when the draft is used."""
+    return dataclasses.replace(shape, copy_weights=(), temperature=1.0)
 
 
 def _not_finite(what: str, corpus: Corpus, rows: Iterable[int], training: Training) -> DistillError:

@@ -54,7 +54,7 @@ class NativeDraft:
         self.ends = ends
         self.model = NativeModel(
             _layers_of(draft),
-            draft.norm,
+            draft.drafting_norm,
             _padded(ends.head),
             heads=config.num_heads,
             kv_heads=config.num_key_value_heads,

@@ -11,6 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from mtad.eager import Saved
 from mtad.errors import PairError
 from mtad.logits import Columns, Logits
 from mtad.native import library
@@ -39,24 +40,29 @@ class NativeDrafter:
 
     def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
         """Reads [n] tokens, each with the target's state [n, F·H] of the token before it."""
-        count = token_ids.shape[0]
-        self._cache = self._native.model.cache()
-        self._cached = 0
         # The first token of a text has none before it and is not read, except below an empty
         # prefix: then with zeros.
-        self._position = min(count, 1)  # in the text, of an entry right below the prefix
-        self._tokens = self._parents = torch.empty(0, dtype=torch.int64)
-        self._given = torch.empty(0, self._width)  # of the prefix, then of each entry
-        self._states = torch.zeros(1, self._width)  # the target's, from the prefix on
-        self._begin(token_ids[:0])
+        count = token_ids.shape[0]
+        self._begin_text(0, min(count, 1))
         if count:
-            self._states = self._states[:0]
             self._take(target_hidden)
-        for start in range(1, count, _CHUNK_TOKENS):
-            self._begin(token_ids[start : start + _CHUNK_TOKENS])
-            self._read(token_ids[:0], None)
-            self._drop(self._unread)
-            self._begin(token_ids[:0])
+            self._commit(token_ids[1:])
+
+    def save(self) -> Saved | None:
+        """See `Resumable.save`: as far as the text was read with the target's states."""
+        # A text that began empty was read from its first token on, which no prompt is.
+        if self._position != self._cached + 1:
+            return None
+        return Saved(self._position, self._cache.save(self._cached))
+
+    def resume(
+        self, saved: Saved, kept: int, token_ids: Tensor, target_hidden: Tensor | None
+    ) -> None:
+        """See `Resumable.resume`."""
+        self._begin_text(kept - 1, kept)
+        self._cache.load(saved.tensors, self._cached)
+        self._take(target_hidden)
+        self._commit(token_ids[kept:])
 
     def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Logits:
         """See `Drafter.next_logits`."""
@@ -83,6 +89,24 @@ class NativeDrafter:
             self._drop(unread + stay)
             nodes, waiting = nodes[stay:], waiting[:0]
         self._begin(torch.cat([waiting, nodes]))
+
+    def _begin_text(self, cached: int, position: int) -> None:
+        """An empty cache that is to hold `cached` tokens, the next one standing at `position`."""
+        self._cache = self._native.model.cache()
+        self._cached = cached
+        self._position = position  # in the text, of an entry right below the prefix
+        self._tokens = self._parents = torch.empty(0, dtype=torch.int64)
+        self._given = torch.empty(0, self._width)  # of the prefix, then of each entry
+        self._states = torch.zeros(0 if position else 1, self._width)  # the target's, from there
+        self._begin(self._tokens)
+
+    def _commit(self, token_ids: Tensor) -> None:
+        """Reads [n] tokens of the text, the states before them being known."""
+        for start in range(0, token_ids.shape[0], _CHUNK_TOKENS):
+            self._begin(token_ids[start : start + _CHUNK_TOKENS])
+            self._read(token_ids[:0], None)
+            self._drop(self._unread)
+            self._begin(token_ids[:0])
 
     def _take(self, target_hidden: Tensor | None) -> None:
         if target_hidden is None:

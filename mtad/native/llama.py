@@ -103,6 +103,14 @@ class NativePasses:
         """See `Passes.select`."""
         self._cache.move(length + nodes, length)
 
+    def save(self, length: int) -> tuple[Tensor, ...]:
+        """See `Passes.save`."""
+        return self._cache.save(length)
+
+    def load(self, tensors: Sequence[Tensor], length: int) -> None:
+        """See `Passes.load`."""
+        self._cache.load(tensors, length)
+
 
 def rotary_tables(frequencies: Tensor, positions: int) -> tuple[Tensor, Tensor]:
     """[size / 2] frequencies → cosines and sines [positions, size / 2], float32."""

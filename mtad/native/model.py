@@ -222,6 +222,19 @@ class NativeCache:
             start,
         )
 
+    def save(self, length: int) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values of the first `length` slots, of one text."""
+        blocks = -(-length // LANES)
+        return self._keys[:, :, :blocks].clone(), self._values[:, :, :length].clone()
+
+    def load(self, tensors: Sequence[Tensor], length: int) -> None:
+        """Fills the first `length` slots of an empty cache from what `save` gave, or its begin."""
+        keys, values = tensors
+        blocks = -(-length // LANES)
+        self.reserve(length, 0)
+        self._keys[:, :, :blocks] = keys[:, :, :blocks]
+        self._values[:, :, :length] = values[:, :, :length]
+
     def reserve(self, slots: int, used: int) -> None:
         """Makes room for `slots`, keeping the first `used`; `struct` changes with that."""
         if slots <= self._slots:

@@ -12,13 +12,17 @@ from typing import Any
 import gradio as gr
 
 from mtad.ui.board import encode
+from mtad.ui.chat_tab import chat_tab
 from mtad.ui.compare_tab import compare_tab
 from mtad.ui.comparison import PairSource, Stream
 from mtad.ui.endpoint import compare_endpoint
+from mtad.ui.inspect_tab import inspect_tab
 from mtad.ui.loading import PairLoader, header_view
+from mtad.ui.method_tab import method_tab
 from mtad.ui.shelf import new_visit
 from mtad.ui.site import MODEL_SLOT, QUIET, Site, library_stream, script, stylesheet
 from mtad.ui.theme import theme
+from mtad.ui.tradeoff_tab import tradeoff_tab
 
 QUEUE_SIZE = 32
 
@@ -63,6 +67,14 @@ def build(source: PairSource | None = None, stream: Stream = library_stream) -> 
         page.load(new_visit, outputs=visit, queue=False, **QUIET)
         with gr.Tab("Compare"):
             compare_tab(site, visit)
+        with gr.Tab("Chat"):
+            chat_tab(site, visit, page)
+        with gr.Tab("Inspect") as tab:
+            inspect_tab(site, visit, tab)
+        with gr.Tab("Trade-off"):
+            tradeoff_tab(site, visit)
+        with gr.Tab("Method") as method:
+            method_tab(site, method)
         for event in (page.load, clock.tick):
             event(
                 functools.partial(_tick, site.source),

@@ -7,6 +7,7 @@ longest ago fall off first. Knows no gradio.
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import threading
 from collections import OrderedDict
@@ -70,6 +71,12 @@ class Shelf:
                 return None
             self._kept.move_to_end(key)
             return self._kept[key]
+
+    def replace(self, key: str, trace: Trace) -> None:
+        """Puts a trace with as many steps in the place of the one that has this key, if any has."""
+        with self._lock:
+            if key in self._kept:
+                self._kept[key] = dataclasses.replace(self._kept[key], trace=trace)
 
     def of(self, visit: str) -> list[Kept]:
         """The traces of a visit, the latest first."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from mtad.shipped import ASSETS
 from mtad.trace import Step, Trace
+from mtad.ui.chats import Chats
 from mtad.ui.comparison import Comparisons, PairSource, Stream
 from mtad.ui.loading import PairLoader
 from mtad.ui.shelf import Shelf
@@ -34,17 +35,29 @@ class Site:
         stream: what runs a method; has the signature of `mtad.runner.stream`.
         comparisons: the last comparisons of all visitors.
         shelf: finished traces of all visitors, for the tabs that look at them again.
+        chats: the conversations of all visitors.
     """
 
     source: PairSource = field(default_factory=PairLoader)
     stream: Stream = library_stream
     comparisons: Comparisons = field(default_factory=Comparisons)
     shelf: Shelf = field(default_factory=Shelf)
+    chats: Chats = field(default_factory=Chats)
 
 
 def script(name: str) -> str:
     """The `js_on_load` of a component: a script of assets behind the helpers that all share."""
     return _asset("dom.js") + "\n" + _asset(name)
+
+
+def view_function(function: str, *names: str) -> str:
+    """Scripts of a component as a function, so that another component can draw with them.
+
+    It takes what gradio gives to a `js_on_load`: `(element, props, server, watch)`. Put it behind
+    `script(...)`, whose helpers it uses.
+    """
+    body = "\n".join(_asset(name) for name in names)
+    return f"\nfunction {function}(element, props, server, watch) {{\n{body}\n}}"
 
 
 def stylesheet() -> str:
