@@ -22,6 +22,7 @@ from mtad.config import DecodeConfig
 from mtad.errors import Cancelled, ConfigError, DeadlineExceeded, MtadError, PairError, PromptError
 from mtad.trace import Step, Trace
 from mtad.ui.board import Board, encode
+from mtad.ui.limits import Limits
 from mtad.ui.loading import LoadStatus
 
 INTERVAL_SECONDS = 0.125
@@ -124,13 +125,19 @@ class Comparison:
 class Comparisons:
     """The last comparisons of all visitors, found by their unguessable ids."""
 
-    def __init__(self, limit: int = MAX_KEPT) -> None:
+    def __init__(self, limit: int = MAX_KEPT, limits: Limits | None = None) -> None:
         self._limit = limit
+        self._limits = limits or Limits()
         self._kept: OrderedDict[str, Comparison] = OrderedDict()
         self._lock = threading.Lock()
 
     def open(self, request: Request) -> Comparison:
-        """A new comparison; the oldest is forgotten when there are too many."""
+        """A new comparison; the oldest is forgotten when there are too many.
+
+        Raises:
+            ConfigError, PromptError: it is more than this page allows.
+        """
+        self._limits.check_request(request.prompt, len(request.methods), request.config)
         comparison = Comparison(request)
         with self._lock:
             self._kept[comparison.run_id] = comparison

@@ -8,7 +8,7 @@ and no torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from mtad.errors import ConfigError, PromptError
 from mtad.trace import Step, Trace
 
 HOSTED_VARIABLE = "MTAD_HOSTED"
+# Set in every Hugging Face Space: whoever starts one has a page for strangers.
+SPACE_VARIABLE = "SPACE_ID"
 _NEXT = "Ask for less, or run the page on a machine of your own, where there is no such limit."
 _NO = ("", "0", "false", "no", "off")
 _YES = ("1", "true", "yes", "on")
@@ -43,7 +45,7 @@ class Limits:
     hosted: bool = False
     max_new_tokens: int = MAX_NEW_TOKENS
     max_methods: int = 4
-    max_cells: int = 10_000
+    max_cells: int = 400
     max_prompt_characters: int = 1_000_000
     max_num_draft_tokens: int = 64
     max_beam_width: int = 64
@@ -84,17 +86,24 @@ class Limits:
                 f" {self._next('Take fewer prompts, methods or values')}"
             )
 
+    def check_request(self, prompt: str, methods: int, config: DecodeConfig) -> None:
+        """Raises ConfigError or PromptError if a comparison is more than this page allows."""
+        self.check_prompt(prompt)
+        self.check_methods(methods)
+        self.check_config(config)
+
     def guard(self, stream: Stream) -> Stream:
         """`stream`, which has the signature of `mtad.runner.stream`, within these limits."""
 
-        def guarded(method: str, pair: Any, prompt: str | None = None, **kwargs: Any) -> Any:
-            texts = [prompt, kwargs.get("raw_prompt")]
-            texts += [turn.get("content") for turn in kwargs.get("messages") or ()]
+        def guarded(method: str, pair: Any, **kwargs: Any) -> Any:
+            texts = [kwargs.get("prompt"), kwargs.get("raw_prompt")]
+            turns = kwargs.get("messages") or ()
+            texts += [turn.get("content") for turn in turns if isinstance(turn, Mapping)]
             self.check_prompt("".join(text for text in texts if isinstance(text, str)))
             self.check_config(kwargs.get("config") or DecodeConfig())
             asked = kwargs.pop("deadline_seconds", None)
             seconds = self.deadline_seconds if asked is None else min(asked, self.deadline_seconds)
-            return stream(method, pair, prompt=prompt, deadline_seconds=seconds, **kwargs)
+            return stream(method, pair, deadline_seconds=seconds, **kwargs)
 
         return guarded
 
@@ -131,12 +140,13 @@ HOSTED = Limits(
 
 
 def limits_from_environment() -> Limits:
-    """The limits of this process, by `MTAD_HOSTED`.
+    """The limits of this process, by `MTAD_HOSTED`; where that is unset, a Space is hosted.
 
     Raises:
         ConfigError: the variable is neither yes nor no.
     """
-    value = os.environ.get(HOSTED_VARIABLE, "").strip().lower()
+    in_space = "1" if os.environ.get(SPACE_VARIABLE) else ""
+    value = os.environ.get(HOSTED_VARIABLE, in_space).strip().lower()
     if value not in _NO + _YES:
         raise ConfigError(
             f"{HOSTED_VARIABLE} is {value[:60]!r}, but must be 1 for a hosted page, or 0 or unset"

@@ -10,6 +10,7 @@ from mtad.shipped import ASSETS
 from mtad.trace import Step, Trace
 from mtad.ui.chats import Chats
 from mtad.ui.comparison import Comparisons, PairSource, Stream
+from mtad.ui.limits import Limits
 from mtad.ui.loading import PairLoader
 from mtad.ui.shelf import Shelf
 
@@ -36,6 +37,7 @@ class Site:
         comparisons: the last comparisons of all visitors.
         shelf: finished traces of all visitors, for the tabs that look at them again.
         chats: the conversations of all visitors.
+        limits: what a visitor may ask for; `stream` and the kept things above heed them.
     """
 
     source: PairSource = field(default_factory=PairLoader)
@@ -43,6 +45,18 @@ class Site:
     comparisons: Comparisons = field(default_factory=Comparisons)
     shelf: Shelf = field(default_factory=Shelf)
     chats: Chats = field(default_factory=Chats)
+    limits: Limits = field(default_factory=Limits)
+
+    @classmethod
+    def within(cls, limits: Limits, source: PairSource, stream: Stream) -> Site:
+        """A site that heeds limits wherever it runs something."""
+        return cls(
+            source,
+            limits.guard(stream),
+            Comparisons(limits=limits),
+            chats=Chats(limits=limits),
+            limits=limits,
+        )
 
 
 def script(name: str) -> str:
