@@ -110,12 +110,15 @@ def chat_tab(site: Site, visit: gr.State, page: gr.Blocks) -> None:
             conversation.browser = browser
             answer = make(conversation)
             pair = site.source.pair
-            if pair is not None:
-                try:
-                    conversation.fit(pair, answer.settings.config.max_new_tokens)
-                except MtadError:
-                    conversation.withdraw()
-                    raise
+            try:
+                config, question = answer.settings.config, conversation.turns[-1].question
+                site.limits.check_request(conversation.system + question, 1, config)
+                if pair is not None:
+                    room = site.limits.max_prompt_characters
+                    conversation.fit(pair, config.max_new_tokens, room)
+            except MtadError:
+                conversation.withdraw()
+                raise
         except MtadError as error:
             message = encode({"chat": None, "error": str(error), "say": str(error)})
             return message, *unchanged

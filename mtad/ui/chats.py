@@ -26,6 +26,7 @@ from mtad.ui.comparison import (
     wait_for_models,
 )
 from mtad.ui.conversation import Answer, Conversation
+from mtad.ui.limits import Limits
 
 MAX_CHATS = 128
 _log = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ class Chats:
     and only save time, see `mtad.session`.
     """
 
-    def __init__(self, limit: int = MAX_CHATS) -> None:
+    def __init__(self, limit: int = MAX_CHATS, limits: Limits | None = None) -> None:
+        self.limits = limits or Limits()
         self._limit = limit
         self._by_visit: OrderedDict[str, Conversation] = OrderedDict()
         self._sessions: Any = None
@@ -133,7 +135,8 @@ def answering(
             conversation.start(answer)
             yield sender.send()
             settings = answer.settings
-            conversation.fit(pair, settings.config.max_new_tokens)
+            room = chats.limits.max_prompt_characters
+            conversation.fit(pair, settings.config.max_new_tokens, room)
             session = chats.session(conversation)
             events = stream(
                 settings.info.id,

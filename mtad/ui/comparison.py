@@ -22,6 +22,7 @@ from mtad.errors import Cancelled, ConfigError, DeadlineExceeded, MtadError, Pai
 from mtad.trace import Step, Trace
 from mtad.ui.board import Board, encode
 from mtad.ui.latest import Latest
+from mtad.ui.limits import Limits
 from mtad.ui.loading import LoadStatus
 
 INTERVAL_SECONDS = 0.125
@@ -152,11 +153,17 @@ class Comparison:
 class Comparisons:
     """The last comparisons of all visitors, found by their unguessable ids."""
 
-    def __init__(self, limit: int = MAX_KEPT) -> None:
+    def __init__(self, limit: int = MAX_KEPT, limits: Limits | None = None) -> None:
         self._kept: Latest[Comparison] = Latest(limit)
+        self._limits = limits or Limits()
 
     def open(self, request: Request) -> Comparison:
-        """A new comparison; the oldest is forgotten when there are too many."""
+        """A new comparison; the oldest is forgotten when there are too many.
+
+        Raises:
+            ConfigError, PromptError: it is more than this page allows.
+        """
+        self._limits.check_request(request.prompt, len(request.methods), request.config)
         comparison = Comparison(request)
         self._kept.put(comparison.run_id, comparison)
         return comparison

@@ -8,6 +8,7 @@ function reads. Knows no gradio and imports no torch before something is decoded
 from __future__ import annotations
 
 import dataclasses
+import math
 import secrets
 import threading
 from dataclasses import dataclass, field
@@ -291,8 +292,10 @@ class Conversation:
             told.append({"role": "user", "content": self.turns[-1].question})
             return told
 
-    def fit(self, pair: Any, max_new_tokens: int) -> None:
+    def fit(self, pair: Any, max_new_tokens: int, max_characters: float = math.inf) -> None:
         """Drops the oldest turns while prompt and answer do not fit into the context together.
+
+        They also drop where the prompt has more than `max_characters`, which a page may set.
 
         An answer asks for `max_new_tokens`, but for no more than half of the context. When turns
         have to go, a quarter of the room goes with them: dropping one turn each time would move
@@ -308,20 +311,22 @@ class Conversation:
         context = pair.context_length
         room = context - min(max_new_tokens, context // 2)
 
-        def size() -> int:
-            return len(encode_prompt(pair.tokenizer, messages=self.messages()))
+        def size() -> tuple[int, int]:
+            told = self.messages()
+            characters = sum(len(one["content"]) for one in told)
+            return len(encode_prompt(pair.tokenizer, messages=told)), characters
 
         with self._lock:
-            tokens = size()
-            goal = room if tokens <= room else 3 * room // 4
+            tokens, characters = size()
+            share = 1.0 if tokens <= room and characters <= max_characters else 0.75
             gone = []
             for turn in self.turns[:-1]:
-                if tokens <= goal:
+                if tokens <= share * room and characters <= share * max_characters:
                     break
                 if not turn.dropped:
                     turn.dropped = True
                     gone.append(turn)
-                    tokens = size()
+                    tokens, characters = size()
             self._version += bool(gone)
             if tokens >= context:
                 for turn in gone:  # it was of no use

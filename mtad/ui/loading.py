@@ -117,8 +117,8 @@ class PairLoader:
         return load_pair(self.name, progress=progress)
 
 
-def header_view(loader: PairLoader) -> dict[str, Any]:
-    """The pair and its device as the header shows them."""
+def header_view(loader: PairLoader, note: str = "") -> dict[str, Any]:
+    """The pair and its device as the header shows them, and what else is to be known there."""
     status = loader.status()
     view: dict[str, Any] = {
         "state": status.state,
@@ -129,6 +129,8 @@ def header_view(loader: PairLoader) -> dict[str, Any]:
         "device": "",
         "notes": [],
     }
+    if note:
+        view["notes"] = [note]
     pair = loader.pair
     if status.state == "ready" and pair is not None:
         view["pair"] = pair.name
@@ -137,7 +139,7 @@ def header_view(loader: PairLoader) -> dict[str, Any]:
         if draft is not None:
             view["models"] += f", draft {_short(draft)}"
         view["device"] = f"{str(pair.device).upper()}, {pair.weights}, {pair.engine} engine"
-        view["notes"] = list(pair.notes)
+        view["notes"] += pair.notes
     return view
 
 

@@ -10,6 +10,7 @@ from mtad.shipped import ASSETS
 from mtad.trace import Step, Trace
 from mtad.ui.chats import Chats
 from mtad.ui.comparison import Comparisons, PairSource, Stream
+from mtad.ui.limits import Limits
 from mtad.ui.loading import PairLoader
 from mtad.ui.recordings import Gallery
 from mtad.ui.shelf import Shelf
@@ -38,6 +39,7 @@ class Site:
         shelf: finished traces of all visitors, for the tabs that look at them again.
         chats: the conversations of all visitors.
         gallery: the recorded comparisons that ship with the code.
+        limits: what a visitor may ask for; `stream` and the kept things above heed them.
     """
 
     source: PairSource = field(default_factory=PairLoader)
@@ -46,6 +48,18 @@ class Site:
     shelf: Shelf = field(default_factory=Shelf)
     chats: Chats = field(default_factory=Chats)
     gallery: Gallery = field(default_factory=Gallery)
+    limits: Limits = field(default_factory=Limits)
+
+    @classmethod
+    def within(cls, limits: Limits, source: PairSource, stream: Stream) -> Site:
+        """A site that heeds limits wherever it runs something."""
+        return cls(
+            source,
+            limits.guard(stream),
+            Comparisons(limits=limits),
+            chats=Chats(limits=limits),
+            limits=limits,
+        )
 
 
 def script(*names: str) -> str:

@@ -40,6 +40,7 @@ from mtad.ui.comparison import (
     wait_for_models,
 )
 from mtad.ui.latest import Latest
+from mtad.ui.limits import Limits
 
 MAX_RUNS = 400
 MAX_SETTINGS = 32
@@ -140,6 +141,14 @@ def check_sweep(
             f" sweep takes at most {MAX_RUNS}. Take fewer prompts, values or methods."
         )
     return request
+
+
+def check_limits(request: SweepRequest, limits: Limits) -> None:
+    """Raises ConfigError if a sweep is more than this page allows."""
+    limits.check_methods(len({setting.method for setting in request.settings}))
+    limits.check_cells(request.size)
+    for setting in request.settings:
+        limits.check_config(setting.config(request.config, request.config.seed))
 
 
 def _config(parameters: dict[str, Any]) -> DecodeConfig:
@@ -524,7 +533,7 @@ def _keep(sweep: Sweep, setting: Setting, task: Task, trace: Trace, shelve: Shel
     if trace.stop_reason == "cancelled":
         return
     if trace.stop_reason == "deadline":
-        sweep.leave_out(setting, f"prompt {task.id}: took longer than {DEADLINE_SECONDS:g} s")
+        sweep.leave_out(setting, f"prompt {task.id}: took longer than a run may here")
         return
     key = shelve(setting, task, trace)
     sweep.add(setting, task, Run.of(trace, setting, task), key)

@@ -24,6 +24,7 @@ from mtad.ui.sweeping import (
     Sweep,
     SweepRequest,
     Sweeps,
+    check_limits,
     check_sweep,
     play_turn,
     prompt_set,
@@ -32,6 +33,8 @@ from mtad.ui.tradeoff import label, run_list, to_csv, to_json, view
 
 DEFAULT_METHODS = ["autoregressive", "speculative", "mtad"]
 DEFAULT_PROMPTS = (6, 0)
+# So many that the sweep which the form begins with fits into the limits of a hosted page.
+HOSTED_PROMPTS = (4, 0)
 # Constant, because gradio runs templates as code. All that changes is filled in by the scripts.
 _BOARD = """<div class="mtad-sweep"></div>"""
 _LINE = """<p class="mtad-plan"></p>"""
@@ -41,7 +44,7 @@ def tradeoff_tab(site: Site, visit: gr.State) -> None:
     """Fills the tab. Finished traces are put on the shelf for `visit`."""
     sweeps = Sweeps()
     with gr.Group():
-        fields = _main_fields()
+        fields = _main_fields(HOSTED_PROMPTS if site.limits.hosted else DEFAULT_PROMPTS)
     with gr.Accordion("Sampling", open=False):
         fields |= _sampling_fields()
     plan = gr.HTML(
@@ -72,7 +75,7 @@ def tradeoff_tab(site: Site, visit: gr.State) -> None:
     def request_of(values: tuple[Any, ...]) -> SweepRequest:
         given = dict(zip(names, values, strict=True))
         prompts = [given.pop(name) for name in PROMPT_SETS]
-        return check_sweep(
+        request = check_sweep(
             given.pop("methods"),
             given.pop("draft_lengths"),
             given.pop("thresholds"),
@@ -80,6 +83,8 @@ def tradeoff_tab(site: Site, visit: gr.State) -> None:
             prompts,
             **given,
         )
+        check_limits(request, site.limits)
+        return request
 
     def plan_of(visitor: str, *values: Any) -> str:
         """What a click on Run would do."""
@@ -200,7 +205,7 @@ def _plan_text(request: SweepRequest, already: int) -> str:
     )
 
 
-def _main_fields() -> dict[str, Any]:
+def _main_fields(prompts: tuple[int, int]) -> dict[str, Any]:
     chosen = gr.CheckboxGroup(
         [(info.title, info.id) for info in methods()],
         value=DEFAULT_METHODS,
@@ -231,9 +236,7 @@ def _main_fields() -> dict[str, Any]:
     infos = ("From the set of the comparisons.", "From the set that mtad acceptance runs.")
     counts = {}
     with gr.Row():
-        for name, title, info, default in zip(
-            PROMPT_SETS, titles, infos, DEFAULT_PROMPTS, strict=True
-        ):
+        for name, title, info, default in zip(PROMPT_SETS, titles, infos, prompts, strict=True):
             there = len(prompt_set(name))
             counts[name] = gr.Slider(
                 0,
