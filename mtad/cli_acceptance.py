@@ -117,7 +117,7 @@ def acceptance(
     thresholds: Annotated[
         str | None,
         typer.Option(
-            help="τs; several also print the frontier. Default: --accept-threshold, or 0.5."
+            help="τs; several also print the frontier. Default: --accept-threshold, or 0.3."
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help=LIMIT_HELP)] = None,

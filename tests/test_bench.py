@@ -48,7 +48,7 @@ from tests.models import tiny
 
 CPU = torch.device("cpu")
 PLAIN = Setting("autoregressive")
-MTAD = Setting("mtad", 4, 0.5)
+MTAD = Setting("mtad", 4, 0.3)
 FLOAT32 = Setting(GENERATE["float32"])
 UNMEASURED = EnergyReading(None, 1.0, "none", "nothing", None, "no sensor")
 GREEDY = DecodeConfig(temperature=0.0, max_new_tokens=12)

@@ -137,7 +137,7 @@ def test_one_command_times_every_row(talking: list[str], tmp_path: Path) -> None
     for row in ROWS:
         # speed, text, limits: each of them says engine and dtype
         assert result.stdout.count(row) == 3, row
-    for said in ("48 of 48 runs (prompts: 6", "γ 4, W 4, τ 0.5, k-config 4,2,2", "a tiny pair"):
+    for said in ("48 of 48 runs (prompts: 6", "γ 4, W 4, τ 0.3, k-config 4,2,2", "a tiny pair"):
         assert said in result.stdout, said
     for said in ("GB/s", "Gop/s: float32", "bfloat16", "medians of 15", "torch", "first pass"):
         assert said in result.stdout, said
@@ -223,7 +223,7 @@ def test_a_row_that_fails_is_out_with_its_message(
     dashes = " | ".join("—" for _ in SPEED_HEADINGS[3:])
     assert f"{ROWS[5]} {dashes} |" in result.stdout
     assert "mtad (float32) —: prompt 'p1': it broke" in result.stdout
-    assert "mtad γ 4 τ 0.5 failed at prompt 'p1': it broke" in result.stderr
+    assert "mtad γ 4 τ 0.3 failed at prompt 'p1': it broke" in result.stderr
     assert "2 of 4 runs" in result.stdout and "1.00 [—]" in result.stdout
     assert not any(char in result.output for char in FORBIDDEN)
 

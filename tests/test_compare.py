@@ -51,12 +51,14 @@ class TestForm:
         assert library - {field.name for field in FIELDS} == {"iteration_costs"}
         assert fields_read(ALL) >= {field.name for field in FIELDS}
 
-    def test_the_form_opens_with_the_defaults_of_the_library(self) -> None:
+    def test_the_form_opens_with_the_defaults_of_the_library_and_adapts_the_draft(self) -> None:
         request = request_of("hello", ALL[:4], DEFAULTS)
-        assert request.config == DecodeConfig(max_new_tokens=96)
+        assert request.config == DecodeConfig(max_new_tokens=96, num_draft_tokens="auto")
         for method in ALL:
             other = ALL[0] if method != ALL[0] else ALL[1]
-            assert request_of("hello", [method, other], DEFAULTS).config == request.config
+            length = "auto" if "num_draft_tokens" in fields_read([method, other]) else None
+            expected = DecodeConfig(max_new_tokens=96, num_draft_tokens=length)
+            assert request_of("hello", [method, other], DEFAULTS).config == expected
 
     def test_each_field_says_in_one_line_what_it_does(self) -> None:
         for field in FIELDS:
@@ -149,7 +151,7 @@ class TestLinks:
         query = link_of("hello", ["autoregressive", "mtad"], DEFAULTS)
         assert "k_config" not in query
         assert "iteration_costs" not in query
-        assert "num_draft_tokens" not in query, "each method's own needs no part"
+        assert "num_draft_tokens=auto" in query
 
     @pytest.mark.parametrize(
         ("query", "message"),

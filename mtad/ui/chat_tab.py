@@ -7,7 +7,8 @@ for word.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gradio as gr
@@ -17,9 +18,26 @@ from mtad.errors import MtadError, PromptError
 from mtad.ui.board import encode
 from mtad.ui.chats import answering
 from mtad.ui.conversation import Answer, Conversation, check_settings
+from mtad.ui.form import BY_NAME, parameter
+from mtad.ui.form_fields import field_component
 from mtad.ui.site import MODEL_SLOT, QUIET, Site, script, view_function
 
 DEFAULT_METHOD = "mtad"
+_FIELDS = (
+    dataclasses.replace(BY_NAME["max_new_tokens"], default=256),
+    dataclasses.replace(BY_NAME["seed"], meaning="Retry takes the next ones."),
+    *(
+        BY_NAME[name]
+        for name in (
+            "num_draft_tokens",
+            "beam_width",
+            "accept_threshold",
+            "temperature",
+            "top_k",
+            "top_p",
+        )
+    ),
+)
 # Constant, because gradio runs templates as code. All that changes is filled in by the script.
 _THREAD = """<div class="mtad-chat"></div>"""
 _LOST = (
@@ -85,8 +103,13 @@ def chat_tab(site: Site, visit: gr.State, page: gr.Blocks) -> None:
     with gr.Accordion("Parameters of the answers", open=False, elem_id="mtad-chat-parameters"):
         fields = _parameters()
     run_id = gr.State("")
-    names, values = list(fields), list(fields.values())
+    values = list(fields.values())
     buttons = [send, stop, retry, other]
+
+    def parameters(given: Sequence[Any]) -> dict[str, Any]:
+        return {
+            field.name: parameter(field, value) for field, value in zip(_FIELDS, given, strict=True)
+        }
 
     def states(conversation: Conversation | None) -> tuple[Any, ...]:
         """Of `buttons`."""
@@ -129,7 +152,7 @@ def chat_tab(site: Site, visit: gr.State, page: gr.Blocks) -> None:
         request: gr.Request, visitor: str, text: str, prompt: str, chosen: str, *given: Any
     ) -> tuple[Any, ...]:
         def make(conversation: Conversation) -> Answer:
-            settings = check_settings(chosen, **dict(zip(names, given, strict=True)))
+            settings = check_settings(chosen, **parameters(given))
             return conversation.ask(text, prompt, settings)
 
         return begin(visitor, str(request.session_hash), make, asks=True)
@@ -137,11 +160,9 @@ def chat_tab(site: Site, visit: gr.State, page: gr.Blocks) -> None:
     def again(
         request: gr.Request, visitor: str, prompt: str, *given: Any, chosen: str | None = None
     ) -> tuple[Any, ...]:
-        parameters = dict(zip(names, given, strict=True))
-
         def make(conversation: Conversation) -> Answer:
-            settings = None if chosen is None else check_settings(chosen, **parameters)
-            return conversation.retry(prompt, settings, **parameters)
+            settings = None if chosen is None else check_settings(chosen, **parameters(given))
+            return conversation.retry(prompt, settings, **parameters(given))
 
         return begin(visitor, str(request.session_hash), make, asks=False)
 
@@ -212,61 +233,8 @@ def chat_tab(site: Site, visit: gr.State, page: gr.Blocks) -> None:
 
 def _parameters() -> dict[str, Any]:
     """The main parameters, by their names in `DecodeConfig`."""
-    number, slider = gr.Number, gr.Slider
     with gr.Row():
-        return {
-            name: component(*limits, value=value, label=label, info=meaning, min_width=230, **more)
-            for name, component, limits, value, label, meaning, more in (
-                ("max_new_tokens", number, (), 256, "max_new_tokens", "Most tokens.", {}),
-                ("seed", number, (), 0, "seed", "Retry takes the next ones.", {}),
-                (
-                    "num_draft_tokens",
-                    slider,
-                    (1, 16),
-                    4,
-                    "num_draft_tokens (γ)",
-                    "Tokens that the draft proposes for one target pass.",
-                    {"step": 1},
-                ),
-                (
-                    "beam_width",
-                    slider,
-                    (1, 16),
-                    4,
-                    "beam_width (W)",
-                    "Beams of the draft's search (MTAD), or of the target's.",
-                    {"step": 1},
-                ),
-                (
-                    "accept_threshold",
-                    slider,
-                    (0.01, 1),
-                    0.5,
-                    "accept_threshold (τ)",
-                    "MTAD accepts a prefix while joint p/q is above τ.",
-                    {"step": 0.01},
-                ),
-                (
-                    "temperature",
-                    slider,
-                    (0, 2),
-                    1,
-                    "temperature",
-                    "Below 1 sharpens both models; 0 takes the most probable.",
-                    {"step": 0.05},
-                ),
-                ("top_k", number, (), 10, "top_k", "Keeps the k most probable; 0 keeps all.", {}),
-                (
-                    "top_p",
-                    slider,
-                    (0.05, 1),
-                    0.9,
-                    "top_p",
-                    "Keeps the smallest set of this probability; 1 keeps all.",
-                    {"step": 0.05},
-                ),
-            )
-        }
+        return {field.name: field_component(field) for field in _FIELDS}
 
 
 def _thread_functions(site: Site) -> list[Any]:

@@ -20,7 +20,6 @@ from mtad.ui.board import encode, error_message
 from mtad.ui.comparison import play
 from mtad.ui.form import (
     FIELDS,
-    Field,
     fields_read,
     link_of,
     read_draft,
@@ -28,6 +27,7 @@ from mtad.ui.form import (
     request_of,
     unread_line,
 )
+from mtad.ui.form_fields import field_component
 from mtad.ui.names import short_name
 from mtad.ui.results import results_csv
 from mtad.ui.site import MODEL_SLOT, QUIET, Site, script
@@ -283,26 +283,7 @@ def _show_fields(method_ids: list[str]) -> list[Any]:
 def _parameters(read: set[str]) -> dict[str, Any]:
     """All parameters, by their names in `DecodeConfig`; those in `read` are shown."""
     with gr.Row(elem_id="mtad-fields"):
-        return {field.name: _component(field, field.name in read) for field in FIELDS}
-
-
-def _component(field: Field, visible: bool) -> Any:
-    common: dict[str, Any] = {
-        "value": field.default,
-        "label": field.label,
-        "info": field.meaning,
-        "visible": visible,
-        "min_width": 230,
-    }
-    if field.kind == "slider":
-        return gr.Slider(field.low, field.high, step=field.step, **common)
-    if field.kind == "choice":
-        return gr.Dropdown(list(field.choices), filterable=False, **common)
-    if field.kind == "tick":
-        return gr.Checkbox(**common)
-    if field.kind == "text":
-        return gr.Textbox(lines=1, max_lines=4, **common)
-    return gr.Number(**common)
+        return {field.name: field_component(field, field.name in read) for field in FIELDS}
 
 
 def _board_functions(site: Site) -> list[Any]:

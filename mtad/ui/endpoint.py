@@ -44,9 +44,9 @@ def compare_endpoint(
         prompt: str,
         methods: list[str] = ["autoregressive", "speculative", "mtad"],  # noqa: B006
         max_new_tokens: int = 96,
-        num_draft_tokens: int = 4,
+        num_draft_tokens: int | str | None = "auto",
         beam_width: int = 4,
-        accept_threshold: float = 0.5,
+        accept_threshold: float = DecodeConfig.accept_threshold,
         temperature: float = 1.0,
         top_k: int = 10,
         top_p: float = 0.9,
@@ -63,7 +63,7 @@ def compare_endpoint(
             prompt: the question; the chat template of the pair is applied to it.
             methods: 2 to 4 ids of decoding methods, such as "autoregressive" and "mtad".
             max_new_tokens: most tokens of an answer.
-            num_draft_tokens: tokens that the draft proposes for one target pass.
+            num_draft_tokens: the draft's length, "auto", or null for each method's own.
             beam_width: beams of the draft's search, or of beam sampling.
             accept_threshold: τ, greater than 0; MTAD accepts while joint p/q is above it.
             temperature: 0 always takes the most probable token.
@@ -120,9 +120,9 @@ def generate_endpoint(
         messages: list[dict] = [],  # noqa: B006
         method: str = "mtad",
         max_new_tokens: int = 128,
-        num_draft_tokens: int | str | None = None,
+        num_draft_tokens: int | str | None = "auto",
         beam_width: int = 4,
-        accept_threshold: float = 0.5,
+        accept_threshold: float = DecodeConfig.accept_threshold,
         temperature: float = 1.0,
         top_k: int = 10,
         top_p: float = 0.9,

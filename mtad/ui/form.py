@@ -60,8 +60,8 @@ FIELDS = (
         "num_draft_tokens (γ)",
         "Tokens drafted for one target pass; auto adapts to what is accepted.",
         "choice",
-        OWN_LENGTH,
-        choices=(OWN_LENGTH, "auto", *(str(k) for k in (*range(1, 17), 24, 32, 48, 64))),
+        "auto",
+        choices=("auto", OWN_LENGTH, *(str(k) for k in (*range(1, 17), 24, 32, 48, 64))),
     ),
     Field(
         "beam_width",
@@ -75,7 +75,7 @@ FIELDS = (
         "accept_threshold (τ)",
         "MTAD accepts a prefix while joint p/q is above τ.",
         "slider",
-        0.5,
+        DecodeConfig.accept_threshold,
         0.01,
         1,
         0.01,
@@ -167,12 +167,12 @@ def request_of(prompt: Any, method_ids: Any, values: Mapping[str, Any]) -> Reque
     chosen = method_ids if isinstance(method_ids, (list, tuple)) else ()
     read = fields_read(chosen)
     parameters = {
-        name: _parameter(BY_NAME[name], value) for name, value in values.items() if name in read
+        name: parameter(BY_NAME[name], value) for name, value in values.items() if name in read
     }
     return check_request(prompt, method_ids, **parameters)
 
 
-def _parameter(field: Field, value: Any) -> Any:
+def parameter(field: Field, value: Any) -> Any:
     """The value for `DecodeConfig`; what makes no sense is left for it to refuse by name."""
     if field.name == "num_draft_tokens":
         text = str(value).strip() if value is not None else ""
@@ -239,7 +239,7 @@ def read_link(query: str) -> dict[str, Any] | None:
     chosen = found.get("methods", [methods()[0].id, methods()[1].id])
     request = check_request(found.get("prompt", "any"), chosen)
     # All fields at once, also those that the chosen methods do not read.
-    parameters = {n: _parameter(BY_NAME[n], v) for n, v in (defaults | given).items()}
+    parameters = {n: parameter(BY_NAME[n], v) for n, v in (defaults | given).items()}
     check_request(request.prompt, chosen, **parameters)
     if "methods" in found:
         found["methods"] = [info.id for info in request.methods]
@@ -310,7 +310,7 @@ def _value(field: Field, text: str) -> Any:
         return int(number) if number.is_integer() and field.kind != "number" else number
     if field.kind == "choice" and text not in field.choices:
         # The form's list is a part of what the library takes: let the library say what is wrong.
-        DecodeConfig(**{field.name: _parameter(field, text)})
+        DecodeConfig(**{field.name: parameter(field, text)})
         raise ConfigError(
             f"{field.name} is {text[:40]!r}, but this page offers {', '.join(field.choices)}."
         )
@@ -322,4 +322,4 @@ def _text(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return "" if value in (None, OWN_LENGTH) else str(value)
+    return "" if value is None else str(value)

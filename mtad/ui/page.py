@@ -1,7 +1,7 @@
 """The page: header, tabs and endpoints put together. Each tab is built by a file of its own.
 
-Only `mtad.ui` imports gradio, and in it only this file, `theme.py`, `site.py`, the endpoints and
-the files of the tabs. What they show is computed by files that know no gradio.
+Only `mtad.ui` imports gradio, and in it only this file, `theme.py`, `site.py`, `form_fields.py`,
+the endpoints and the files of the tabs. What they show is computed by files that know no gradio.
 """
 
 from __future__ import annotations
