@@ -276,7 +276,9 @@ def test_all_runs_of_a_prompt_share_a_seed_and_only_missing_ones_are_run() -> No
     assert len(orders) == 6
     assert task_seed(7, tasks[0]) != task_seed(7, tasks[1])
     assert task_seed(8, tasks[0]) == task_seed(7, tasks[0]) + 1
-    assert MTAD.config(DecodeConfig(), 3) == DecodeConfig(num_draft_tokens=4, accept_threshold=0.5, seed=3)
+    assert MTAD.config(DecodeConfig(), 3) == DecodeConfig(
+        num_draft_tokens=4, accept_threshold=0.5, seed=3
+    )
 
 
 # Records on disk
