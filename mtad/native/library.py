@@ -199,9 +199,11 @@ def load(flags: tuple[str, ...] | None = None) -> ctypes.CDLL:
     for chosen in _NATIVE_FLAGS if flags is None else (flags,):
         file = _library_file(compiler, chosen)
         try:
-            if not file.exists():
-                _compile(compiler, chosen, file)
-            return _declare(ctypes.CDLL(str(file)))
+            if file.exists() or _writable(file.parent):
+                return _declare(_loaded(compiler, chosen, file))
+            # A cache that came with an image may be read-only: compile for this process alone.
+            with tempfile.TemporaryDirectory(prefix="mtad-kernels-") as folder:
+                return _declare(_loaded(compiler, chosen, Path(folder) / file.name))
         except (OSError, subprocess.SubprocessError) as error:
             output = getattr(error, "stderr", None) or str(error)
             failures.append(str(output).strip().splitlines()[-1][:200] if output else "?")
@@ -314,8 +316,22 @@ def _processor() -> str:
     return "\n".join(dict.fromkeys(lines)) or platform.processor()
 
 
+def _writable(folder: Path) -> bool:
+    """Makes the folder; False where that, or a file in it, is not allowed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def _loaded(compiler: str, flags: Sequence[str], file: Path) -> ctypes.CDLL:
+    if not file.exists():
+        _compile(compiler, flags, file)
+    return ctypes.CDLL(str(file))
+
+
 def _compile(compiler: str, flags: Sequence[str], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         staged = Path(folder) / file.name
         command = [compiler, *_FLAGS, *flags, "-o", str(staged), str(SOURCE), "-lpthread", "-lm"]
