@@ -6,17 +6,42 @@ perplexity need of 49,152 logits are the ten largest and the logarithm of the su
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from mtad.histories import Histories
 
+T = TypeVar("T")
+
+
+class Stretches(Protocol):
+    """Runs what stands between two passes: functions of tensors that never ask what is in them."""
+
+    def run(self, key: Hashable, compute: Callable[..., T], *tensors: Tensor) -> T:
+        """What `compute(*tensors)` gives, perhaps recorded at an earlier call.
+
+        Args:
+            key: everything but the tensors' shapes and contents that the result depends on.
+            compute: may be called any number of times, with tensors of these shapes.
+            tensors: what it reads.
+
+        Returns:
+            Its result; tensors in it are good until the next call with the same key.
+        """
+
 
 class Search(Protocol):
-    """How an engine reads rows of logits. All work in float32 and leave NaN visible."""
+    """How an engine reads rows of logits. All work in float32 and leave NaN visible.
+
+    Attributes:
+        stretches: records what follows the reading; None where nothing is gained by that.
+    """
+
+    stretches: Stretches | None
 
     def best(self, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """[rows, K] → the largest `count`, descending, and their columns, [rows, count] each.
@@ -51,7 +76,7 @@ class Search(Protocol):
     ) -> Histories | None:
         """A step of beam sampling in one go; None if the engine has no code of its own for it.
 
-        It does what `mtad.decoders.beams` does, which says what these are.
+        It does what `mtad.growth` does, which says what these are.
 
         Args:
             histories: of R slots.
@@ -66,6 +91,9 @@ class Search(Protocol):
 
 class TorchSearch:
     """See `Search`; on any device."""
+
+    def __init__(self, stretches: Stretches | None = None) -> None:
+        self.stretches = stretches
 
     def best(self, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """See `Search.best`."""
@@ -231,6 +259,21 @@ class Logits:
         grown = (self.log_sums() + log_odds).unsqueeze(-1)
         values.scatter_(-1, places, torch.logaddexp(values.gather(-1, places), grown))
         return Logits(values, self.columns, extra=extra, search=self.search)
+
+    def stretch(self, key: tuple[Hashable, ...], compute: Callable[..., T], *tensors: Tensor) -> T:
+        """`compute(logits, *tensors)` for these logits, see `Stretches.run`."""
+        stretches, columns = self.search.stretches, self.columns
+        if stretches is None:
+            return compute(self, *tensors)
+        extra = () if self.extra is None else (self.extra,)
+
+        def again(values: Tensor, *rest: Tensor) -> T:
+            own = rest[0] if extra else None
+            logits = Logits(values, columns, extra=own, search=TORCH_SEARCH)
+            return compute(logits, *rest[len(extra) :])
+
+        whole = (*key, None if columns is None else id(columns), len(extra))
+        return stretches.run(whole, again, self.values, *extra, *tensors)
 
     def _rows(self) -> Tensor:
         return self.values.reshape(-1, self.values.shape[-1])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mtad.config import DecodeConfig
-from mtad.decoders import load_decoder, specinfer, speculative
+from mtad.decoders import common, load_decoder, specinfer, speculative
 from mtad.decoders.exact import search_exact
 from mtad.lm import CachedLM
 from mtad.sampling import Warped, warp
@@ -128,7 +128,10 @@ def enumerating(branches: Branches, module: Any, monkeypatch: pytest.MonkeyPatch
             left[picked[-1]] = 0.0
         return torch.tensor(picked)
 
-    monkeypatch.setattr(module, "uniforms", lambda generator, count: LazyColumn(branches, count))
+    for drawing in (module, common):  # the draft's, and those that a rule gets
+        monkeypatch.setattr(
+            drawing, "uniforms", lambda generator, count: LazyColumn(branches, count)
+        )
     monkeypatch.setattr(module, "draw", draw)
     if hasattr(module, "draw_distinct"):
         monkeypatch.setattr(module, "draw_distinct", draw_distinct)
@@ -187,9 +190,7 @@ def test_the_enumeration_notices_a_wrong_rule(monkeypatch: pytest.MonkeyPatch) -
     target, draft = TableLM(VOCAB, seed=1), TableLM(VOCAB, seed=2)
     branches = Branches()
     enumerating(branches, speculative, monkeypatch)
-    monkeypatch.setattr(
-        speculative, "corrected_or_bonus", lambda target, draft, accepted: target.row(accepted)
-    )
+    monkeypatch.setattr(speculative, "corrected_or_bonus", lambda target, draft, accepted: target)
 
     def program() -> tuple[int, ...]:
         decode = load_decoder("speculative")

@@ -26,7 +26,7 @@ LAYERS = (
     {"fetch", "energy", "histories", "inspection"},
     {"loading", "logits"},
     {"ballast", "hidden_draft", "sampling", "tree"},
-    {"draft_files", "eager", "verify"},
+    {"draft_files", "eager", "growth", "verify"},
     {"cuda", "native"},
     {"lm"},
     {"draft", "hidden_drafter"},

@@ -13,9 +13,10 @@ from torch import Tensor
 import mtad
 from mtad.config import DecodeConfig
 from mtad.decoders import common, load_decoder, specinfer, speculative
-from mtad.decoders.beams import Beams, beam_weights, grow_beams
+from mtad.decoders.beams import Beams, grow_beams
 from mtad.draft import LMDrafter
 from mtad.errors import MtadError
+from mtad.growth import beam_weights
 from mtad.lm import CachedLM
 from mtad.sampling import Warped, draw_distinct, uniforms, warp
 from mtad.text import encode_prompt

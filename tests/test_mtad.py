@@ -16,9 +16,10 @@ from mtad import bound
 from mtad.config import DecodeConfig
 from mtad.decoders import load_decoder
 from mtad.decoders import mtad as mtad_decoder
-from mtad.decoders.beams import Beams, beam_weights, grow_beams
+from mtad.decoders.beams import Beams, grow_beams
 from mtad.draft import LMDrafter
 from mtad.errors import BudgetError, Cancelled, ConfigError, PairError
+from mtad.growth import beam_weights
 from mtad.lm import CachedLM
 from mtad.sampling import score, warp
 from tests.models import tiny

@@ -32,7 +32,7 @@ class Arena:
     """
 
     def __init__(self, stack: Stack) -> None:
-        self.graphs: Graphs[tuple[Tensor | None, ...]] = Graphs(stack.norm.device)
+        self.graphs = Graphs(stack.norm.device)
         self._stack = stack
         with ordinary_tensors():
             self._take(stack.cache(FIRST_SLOTS))

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from mtad.cuda.arena import MOST_ROWS, Arena, Lender, padded
-from mtad.cuda.graphs import ordinary_tensors
+from mtad.cuda.graphs import Graphs, ordinary_tensors
 from mtad.cuda.stack import LayerWeights, Stack, fused
 from mtad.eager import Output
 from mtad.errors import PairError
+from mtad.logits import TorchSearch
 
 _MOST_NODES = 256
 
@@ -90,6 +91,8 @@ class _LlamaArena(Arena):
             first, length = self.slots.new_zeros(2, 1)
             visible = self.slots.new_zeros(MOST_ROWS, _MOST_NODES, dtype=torch.bool)
         self._inputs = _Inputs(token_ids, first, length, positions, visible)
+        # What follows a pass is read before the next pass.
+        self.search = TorchSearch(Graphs(stack.norm.device))
 
     def fill(
         self,
@@ -157,7 +160,8 @@ class CudaPasses:
         logits, hidden = found
         assert logits is not None
         # The next pass of these shapes writes where this one wrote.
-        return Output(logits[:count].clone(), None if hidden is None else hidden[:count].clone())
+        hidden = None if hidden is None else hidden[:count].clone()
+        return Output(logits[:count].clone(), hidden, arena.search)
 
     def crop(self, length: int) -> None:
         """See `Passes.crop`."""

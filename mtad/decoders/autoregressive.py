@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from mtad.config import DecodeConfig
-from mtad.decoders.common import Proposal, State
+from mtad.decoders.common import Proposal, State, Verdict
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
-from mtad.sampling import draw, uniforms, warp
+from mtad.logits import Logits
+from mtad.sampling import draw, warp
 from mtad.trace import Decision
 
 
@@ -27,13 +29,15 @@ def decode(
     state = State.begin(target, None, prompt_ids, config, generator, eos_token_ids)
     nothing = Proposal.nothing(target.device)
     while state.running:
-        logits = state.verify(nothing)
-        token = draw(warp(logits, config), uniforms(generator, 1))
-        yield state.conclude(
-            nothing,
-            logits,
-            nothing.draft_logprobs,
-            path=nothing.token_ids,
-            accepted=torch.zeros_like(token),
-            final_token=token,
-        )
+        yield state.judge(sample, nothing, state.verify(nothing), 1)
+
+
+def sample(config: DecodeConfig, proposal: Proposal, logits: Logits, chance: Tensor) -> Verdict:
+    """A token from p."""
+    token = draw(warp(logits, config), chance)
+    return Verdict(
+        proposal.draft_logprobs,
+        path=proposal.token_ids,
+        accepted=torch.zeros_like(token),
+        final_token=token,
+    )

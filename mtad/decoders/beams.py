@@ -7,6 +7,7 @@ never by the slot in which it happens to stand.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,27 +15,12 @@ import torch
 from torch import Tensor
 
 from mtad.config import DecodeConfig
+from mtad.growth import append, grown
 from mtad.histories import Histories
 from mtad.logits import Logits
-from mtad.sampling import (
-    Warped,
-    draw_distinct,
-    narrows,
-    score,
-    token_logprobs,
-    top_alternatives,
-    uniforms,
-    wide,
-)
+from mtad.sampling import narrows, score, token_logprobs, top_alternatives, uniforms, wide
 
-
-def beam_weights(joint_logprobs: Tensor) -> Tensor:
-    """Joint log-probabilities → log-weights of the same ratios that sum to one.
-
-    [W] hypotheses, or all their [W · K] continuations. The probabilities themselves are
-    renormalised, which changes no ratio between them.
-    """
-    return joint_logprobs - joint_logprobs.logsumexp(-1)
+_COLUMNS = [field.name for field in dataclasses.fields(Histories)]
 
 
 @dataclass
@@ -94,80 +80,59 @@ class Beams(Histories):
             record: how many alternatives to record; 0 records neither these nor raw_logprobs.
         """
         logits = Logits.of(logits)
-        chance, grown = None, None
+        chance = None
         if config.temperature > 0.0:
-            narrow = narrows(logits, config)
-            columns = config.top_k if narrow else logits.values.shape[-1]
+            columns = config.top_k if narrows(logits, config) else logits.values.shape[-1]
             chance = uniforms(generator, max(self.joint.shape[0] * columns, width))
-            if narrow:
-                values, token_ids = logits.best(config.top_k)
-                grown = logits.search.grow(
-                    self, values, token_ids, width, config.temperature, config.top_p, chance
-                )
-        if grown is None:
-            grown = self._grown(score(logits, config), width, chance)
-        token, slot = grown.token_ids[:, -1], grown.came_from
+        further = self._further(logits, width, config, chance, recorded=not record)
+        token, slot = further.token_ids[:, -1], further.came_from
         beams = Beams(
-            **vars(grown),
+            **vars(further),
             raw_logprobs=self.raw_logprobs,
             alternative_ids=self.alternative_ids,
             alternative_logprobs=self.alternative_logprobs,
         )
-        beams.finished = grown.finished | is_eos(token)
+        beams.finished = further.finished | is_eos(token)
         if record:
             ids, logprobs = top_alternatives(logits, record)
             raw = token_logprobs(logits, token, slot)
-            beams.raw_logprobs = _append(self.raw_logprobs[slot], raw)
+            beams.raw_logprobs = append(self.raw_logprobs[slot], raw)
             beams.alternative_ids = _append_rows(self.alternative_ids, slot, ids)
             beams.alternative_logprobs = _append_rows(self.alternative_logprobs, slot, logprobs)
         return beams
 
-    def _grown(self, scored: Warped, width: int, chance: Tensor | None) -> Histories:
-        """`grow` without the ends of sequences; the largest are taken without `chance`."""
-        choices = self._continuations(scored)  # [W, K], log-probabilities
-        candidates = (self.joint.unsqueeze(-1) + choices).flatten()
-        if candidates.shape[0] < width:
-            missing = width - candidates.shape[0]
-            candidates = torch.nn.functional.pad(candidates, (0, missing), value=-torch.inf)
-        if chance is None:
-            picked = candidates.topk(width).indices
-        else:
-            picked = draw_distinct(beam_weights(candidates), chance, width)
-        # A NaN anywhere makes every choice of this step meaningless: it must not go unseen.
-        broken = candidates.isnan().any()
-        joint = torch.where(broken, torch.nan, candidates.index_select(0, picked))
-        picked = picked.clamp_max(choices.numel() - 1)  # padding points nowhere; its joint is −∞
-        slot = picked // choices.shape[-1]
-        token = scored.token_ids.flatten().index_select(0, picked)
-        was_finished = self.finished.index_select(0, slot)
-        token_ids = self.token_ids.index_select(0, slot)
-        if self.steps:
-            token = torch.where(was_finished, token_ids[:, -1], token)
-        logprob = choices.flatten().index_select(0, picked).float()
-        logprob = torch.where(broken, torch.nan, logprob)
-        alive = joint > -torch.inf
-        first_node = self.steps * width
-        here = torch.arange(first_node, first_node + width, device=slot.device)
-        return Histories(
-            token_ids=_append(token_ids, token),
-            logprobs=_append(self.logprobs.index_select(0, slot), logprob),
-            nodes=_append(self.nodes.index_select(0, slot), here),
-            real=_append(self.real.index_select(0, slot), alive & ~was_finished),
-            joint=joint,
-            finished=was_finished | ~alive,
-            came_from=slot,
-        )
+    def _further(
+        self,
+        logits: Logits,
+        width: int,
+        config: DecodeConfig,
+        chance: Tensor | None,
+        *,
+        recorded: bool,
+    ) -> Histories:
+        """`mtad.growth.grown`, in one call where the engine has one.
 
-    def _continuations(self, scored: Warped) -> Tensor:
-        """[W, K] log-probabilities: a finished hypothesis has one continuation, itself."""
-        first = torch.zeros_like(scored.logprobs[:, :1])
-        others = torch.full_like(scored.logprobs[:, 1:], -torch.inf)
-        itself = torch.cat([first, others], dim=-1)
-        return torch.where(self.finished.unsqueeze(-1), itself, scored.logprobs)
+        A stretch belongs to one number of steps: of draft blocks there are few, and of the lengths
+        of whole answers too many.
+        """
+        if chance is not None and narrows(logits, config) and logits.search.stretches is None:
+            values, token_ids = logits.best(config.top_k)
+            found = logits.search.grow(
+                self, values, token_ids, width, config.temperature, config.top_p, chance
+            )
+            if found is not None:
+                return found
 
+        def compute(logits: Logits, *tensors: Tensor) -> Histories:
+            old, chance = Histories(*tensors[: len(_COLUMNS)]), tensors[len(_COLUMNS) :]
+            return grown(old, score(logits, config), width, *chance or (None,))
 
-def _append(history: Tensor, latest: Tensor) -> Tensor:
-    return torch.cat([history, latest.unsqueeze(-1)], dim=-1)
+        held = [getattr(self, name) for name in _COLUMNS]
+        held += [] if chance is None else [chance]
+        if not recorded:
+            return compute(logits, *held)
+        key = "grow", width, config.temperature, config.top_k, config.top_p
+        return logits.stretch(key, compute, *held)
 
 
 def _append_rows(history: Tensor, slot: Tensor, latest: Tensor) -> Tensor:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mtad.config import DecodeConfig
-from mtad.decoders.common import Proposal, State, check_finite
+from mtad.decoders.common import Proposal, State, Verdict, check_finite
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
+from mtad.logits import Logits
 from mtad.sampling import draw, token_logprobs, uniforms, warp, wide
 from mtad.trace import Decision
 from mtad.verify import leading_run, rollback_keeps
@@ -33,23 +34,24 @@ def decode(
     state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids)
     while state.running:
         block = write_while_sure(state, state.block_length())
-        logits = state.verify(block)
-        rows = warp(logits, config)
-        length = block.levels
-        scores = token_logprobs(logits, block.token_ids)
-        accepted = leading_run(rollback_keeps(scores, config.rollback_threshold))
-        yield state.conclude(
-            block,
-            logits,
-            rows.rows(0, length).logprob_of(block.token_ids),
-            path=torch.arange(length, device=target.device),
-            accepted=accepted,
-            final_token=draw(rows.row(accepted), uniforms(state.generator, 1)[0]),
-            corrects=True,
-            scores=scores,
-            # In float64: rounded to float32 it would not be the number that was compared.
-            thresholds=torch.full_like(wide(scores), -config.rollback_threshold),
-        )
+        yield state.judge(while_likely, block, state.verify(block), 1)
+
+
+def while_likely(config: DecodeConfig, block: Proposal, logits: Logits, chance: Tensor) -> Verdict:
+    """Tokens up to the first that the target finds too unlikely, and one from p behind them."""
+    rows = warp(logits, config)
+    scores = token_logprobs(logits, block.token_ids)
+    accepted = leading_run(rollback_keeps(scores, config.rollback_threshold))
+    return Verdict(
+        rows.rows(0, block.levels).logprob_of(block.token_ids),
+        path=torch.arange(block.levels, device=accepted.device),
+        accepted=accepted,
+        final_token=draw(rows.row(accepted), chance[0]),
+        corrects=True,
+        scores=scores,
+        # In float64: rounded to float32 it would not be the number that was compared.
+        thresholds=torch.full_like(wide(scores), -config.rollback_threshold),
+    )
 
 
 def write_while_sure(state: State, length: int) -> Proposal:

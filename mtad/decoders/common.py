@@ -1,7 +1,7 @@
 """What every decoder shares: where decoding stands, and how an iteration is concluded.
 
-An iteration of a block method is propose → one target pass → a rule → `State.conclude`, which
-reads the outcome back in one packed copy and brings both caches to the accepted prefix. For
+An iteration of a block method is propose → one target pass → `State.judge`, which has a rule
+decide, reads the outcome back in one packed copy and brings both caches to the accepted prefix. For
 `autoregressive`, `speculative`, `mtad`, `mtad_tree` and `typical` that copy is the only
 synchronisation of the iteration; `bild` also asks after every draft token whether to go on, and
 `specinfer` tests its tree on the host.
@@ -9,9 +9,12 @@ synchronisation of the iteration; `bild` also asks after every draft token wheth
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +25,7 @@ from mtad.errors import PairError
 from mtad.lm import CachedLM
 from mtad.logits import Logits
 from mtad.pace import Pace
-from mtad.sampling import token_logprobs, top_alternatives, wide
+from mtad.sampling import token_logprobs, top_alternatives, uniforms, wide
 from mtad.trace import Alternative, Decision, DraftTree, FinalKind
 
 NUM_ALTERNATIVES = 5
@@ -80,6 +83,38 @@ class Proposal:
 
 
 @dataclass
+class Verdict:
+    """What a rule says of a proposal.
+
+    Attributes:
+        target_logprobs: [N] log p of each node, warped.
+        path: [D] node at each depth; only the first `accepted` entries mean something.
+        accepted: [] how many nodes of the path are accepted.
+        final_token: what the target adds after them, [] or [1].
+        corrects: the final token replaces a rejected one wherever there is one.
+        reference_logprobs: [D], see `Decision`.
+        scores: [N], see `DraftTree`.
+        thresholds: [N], see `DraftTree`.
+    """
+
+    target_logprobs: Tensor
+    path: Tensor
+    accepted: Tensor
+    final_token: Tensor
+    corrects: bool = False
+    reference_logprobs: Tensor | None = None
+    scores: Tensor | None = None
+    thresholds: Tensor | None = None
+
+
+Rule = Callable[..., Verdict]
+"""(config, proposal, logits, chance, *drafted) → Verdict, reading nothing back to the host.
+
+`chance` are uniforms [n], `drafted` what the rule wants to know of the draft besides.
+"""
+
+
+@dataclass
 class State:
     """Where decoding stands between two iterations.
 
@@ -87,6 +122,7 @@ class State:
         target: its cache holds everything but the pending token.
         draft: its cache holds everything but the tokens in `draft_pending`; None without one.
         config: resolved.
+        rule_config: the same without what no rule reads, such as the seed.
         generator: makes every random choice, on the target's device.
         eos_ids: end-of-sequence tokens; empty with `ignore_eos`.
         eos: the same on the device.
@@ -104,6 +140,7 @@ class State:
     target: CachedLM
     draft: Drafter | None
     config: DecodeConfig
+    rule_config: DecodeConfig
     generator: torch.Generator
     eos_ids: frozenset[int]
     eos: Tensor
@@ -143,6 +180,7 @@ class State:
             target=target,
             draft=draft,
             config=config,
+            rule_config=_for_rules(config),
             generator=generator,
             eos_ids=eos_ids,
             eos=torch.tensor(sorted(eos_ids), dtype=torch.int64, device=target.device),
@@ -186,56 +224,46 @@ class State:
         self.hidden = output.hidden
         return Logits(output.logits, search=output.search)
 
-    def conclude(
+    def judge(
         self,
+        rule: Rule,
         proposal: Proposal,
         logits: Logits,  # [1 + N, V]
-        target_logprobs: Tensor,  # [N]
-        path: Tensor,  # [D]
-        accepted: Tensor,  # []
-        final_token: Tensor,  # []
-        *,
-        corrects: bool = False,
-        reference_logprobs: Tensor | None = None,  # [D]
-        scores: Tensor | None = None,  # [N]
-        thresholds: Tensor | None = None,  # [N]
+        chances: int,
+        *drafted: Tensor,
     ) -> Decision:
-        """Reads the outcome back, rolls both caches to it and says what was decided.
+        """Has a rule decide and carries it out.
+
+        The rule and all that is recorded of the pass are one stretch, so that an engine may record
+        them.
 
         Args:
+            rule: see `Rule`.
             proposal: what was offered.
             logits: raw logits of the verification pass.
-            target_logprobs: log p of each node, warped.
-            path: node at each depth; only the first `accepted` entries mean something.
-            accepted: how many nodes of the path the rule accepted.
-            final_token: what the target adds after them.
-            corrects: the final token replaces a rejected one wherever there is one.
-            reference_logprobs: see `Decision`.
-            scores: see `DraftTree`.
-            thresholds: see `DraftTree`.
+            chances: how many uniforms the rule gets.
+            drafted: passed on to the rule.
         """
-        rows = torch.cat([path.new_zeros(1), path + 1])
-        followers = torch.cat([proposal.token_ids[path], final_token.view(1)])
-        depths = torch.arange(rows.shape[0], device=rows.device)
-        emitted = torch.where(depths == accepted, final_token, followers)
-        alternative_ids, alternative_logprobs = top_alternatives(logits, NUM_ALTERNATIVES, rows)
-        empty = target_logprobs[:0]
-        host = to_host(
-            accepted=accepted,
-            final_token=final_token,
-            token_ids=proposal.token_ids,
-            parents=proposal.parents,
-            real=proposal.real,
-            draft_logprobs=proposal.draft_logprobs,
-            target_logprobs=target_logprobs,
-            path=path,
-            emitted_logprobs=token_logprobs(logits, emitted, rows),
-            alternative_ids=alternative_ids,
-            alternative_logprobs=alternative_logprobs,
-            reference_logprobs=empty if reference_logprobs is None else reference_logprobs,
-            scores=empty if scores is None else scores,
-            thresholds=empty if thresholds is None else thresholds,
-        )
+        config = self.rule_config
+
+        def compute(logits: Logits, chance: Tensor, *tensors: Tensor) -> _Findings:
+            own: dict[str, Any] = dict(zip(_COLUMNS, tensors, strict=False))
+            offered = dataclasses.replace(proposal, **own, draft_nodes=None)
+            verdict = rule(config, offered, logits, chance, *tensors[len(_COLUMNS) :])
+            return _find(offered, logits, verdict)
+
+        columns = (getattr(proposal, name) for name in _COLUMNS)
+        key = rule, config, proposal.levels, proposal.chain
+        chance = uniforms(self.generator, chances)
+        return self._settle(proposal, logits.stretch(key, compute, chance, *columns, *drafted))
+
+    def conclude(self, proposal: Proposal, logits: Logits, verdict: Verdict) -> Decision:
+        """Carries out a verdict that was reached on the host."""
+        return self._settle(proposal, _find(proposal, logits, verdict))
+
+    def _settle(self, proposal: Proposal, found: _Findings) -> Decision:
+        """Reads the outcome back, rolls both caches to it and says what was decided."""
+        host = found.to_host()
         check_finite("target", host["alternative_logprobs"] + host["target_logprobs"])
         check_finite("draft", host["draft_logprobs"] + host["reference_logprobs"])
         tree, new_index = prune(host, self.eos_ids)
@@ -247,10 +275,10 @@ class State:
             new_tokens.append(int(host["final_token"][0]))
             last = accepted_path[-1] if accepted_path else -1
             rejected_something = last in tree.parents
-            final_kind = "corrected" if corrects and rejected_something else "bonus"
+            final_kind = "corrected" if found.corrects and rejected_something else "bonus"
             if not tree.token_ids:
                 final_kind = "sampled"
-        self._advance(proposal, path, len(accepted_path), final_token)
+        self._advance(proposal, found.path, len(accepted_path), found.final_token)
         if self.pace is not None and tree.depth:
             self.pace.observe(len(accepted_path), tree.depth)
             self.draft_length = self.pace.length
@@ -264,7 +292,7 @@ class State:
             emitted=tuple(new_tokens),
             emitted_logprobs=tuple(host["emitted_logprobs"][: len(new_tokens)]),
             final_kind=final_kind,
-            alternatives=alternatives(host, alternative_ids.shape[-1])[: len(new_tokens)],
+            alternatives=alternatives(host, found.alternatives)[: len(new_tokens)],
             target_passes=1,
             target_positions=1 + proposal.token_ids.shape[0],
             draft_passes=draft_passes,
@@ -274,14 +302,21 @@ class State:
         self, proposal: Proposal, path: Tensor, accepted: int, final_token: Tensor
     ) -> None:
         """Commits the accepted path in both caches and sets what is pending in each."""
-        accepted_path = path[:accepted]
-        rows = torch.cat([path.new_zeros(1), accepted_path + 1])
-        self.target.keep(1 + accepted if proposal.chain else rows)
-        accepted_tokens = proposal.token_ids[accepted_path]
+        if proposal.chain:
+            # A path along a chain is its begin.
+            accepted_path = path[:accepted]
+            self.target.keep(1 + accepted)
+            tokens = proposal.token_ids[:accepted]
+            hidden = None if self.hidden is None else self.hidden[: 1 + accepted]
+        else:
+            accepted_path = path[:accepted]
+            rows = torch.cat([path.new_zeros(1), accepted_path + 1])
+            self.target.keep(rows)
+            tokens = proposal.token_ids.index_select(0, accepted_path)
+            hidden = None if self.hidden is None else self.hidden.index_select(0, rows)
         self.pending = final_token.view(1)
         if self.draft is None:
             return
-        hidden = None if self.hidden is None else self.hidden.index_select(0, rows)
         if proposal.cached_depth < 0:
             self.draft.keep(0, hidden)
             self.draft_pending = torch.cat([self.draft_pending, self.pending])
@@ -293,27 +328,114 @@ class State:
         else:
             nodes = accepted_path[:cached]
             if proposal.draft_nodes is not None:
-                nodes = proposal.draft_nodes[nodes]
+                nodes = proposal.draft_nodes[:cached]
             fed = torch.arange(waiting, device=path.device)
             self.draft.keep(torch.cat([fed, waiting + nodes]), hidden)
         # After a whole block the draft is one token short: it never read the last one.
-        self.draft_pending = torch.cat([accepted_tokens[cached:], self.pending])
+        self.draft_pending = torch.cat([tokens[cached:], self.pending])
+
+
+def _for_rules(config: DecodeConfig) -> DecodeConfig:
+    """A key of what is recorded: runs that differ in nothing that a rule reads share it."""
+    return dataclasses.replace(
+        config,
+        max_new_tokens=1,
+        num_draft_tokens=None,
+        iteration_costs=None,
+        seed=0,
+        stop=(),
+    )
+
+
+# What a rule sees of a proposal.
+_COLUMNS = "token_ids", "parents", "draft_logprobs", "real"
+
+
+@dataclass
+class _Findings:
+    """All that is read back of a pass, on the device.
+
+    Attributes:
+        path: of the verdict.
+        final_token: of the verdict.
+        corrects: of the verdict.
+        alternatives: how many are recorded at each position.
+        sizes: by name, of what lies one after the other in `packed`.
+        packed: see `pack`.
+    """
+
+    path: Tensor
+    final_token: Tensor
+    corrects: bool
+    alternatives: int
+    sizes: dict[str, int]
+    packed: Tensor
+
+    def to_host(self) -> dict[str, list[float]]:
+        """What was packed."""
+        return unpack(self.sizes, self.packed)
+
+
+def _find(
+    proposal: Proposal,
+    logits: Logits,  # [1 + N, V]
+    verdict: Verdict,
+) -> _Findings:
+    path, final_token = verdict.path, verdict.final_token
+    rows = torch.cat([path.new_zeros(1), path + 1])
+    followers = torch.cat([proposal.token_ids[path], final_token.view(1)])
+    depths = torch.arange(rows.shape[0], device=rows.device)
+    emitted = torch.where(depths == verdict.accepted, final_token, followers)
+    alternative_ids, alternative_logprobs = top_alternatives(logits, NUM_ALTERNATIVES, rows)
+    optional = {
+        name: value
+        for name in ("reference_logprobs", "scores", "thresholds")
+        if (value := getattr(verdict, name)) is not None
+    }
+    sizes, packed = pack(
+        accepted=verdict.accepted,
+        final_token=final_token,
+        token_ids=proposal.token_ids,
+        parents=proposal.parents,
+        real=proposal.real,
+        draft_logprobs=proposal.draft_logprobs,
+        target_logprobs=verdict.target_logprobs,
+        path=path,
+        emitted_logprobs=token_logprobs(logits, emitted, rows),
+        alternative_ids=alternative_ids,
+        alternative_logprobs=alternative_logprobs,
+        **optional,
+    )
+    count = alternative_ids.shape[-1]
+    return _Findings(path, final_token, verdict.corrects, count, sizes, packed)
 
 
 def to_host(**columns: Tensor) -> dict[str, list[float]]:
-    """Reads tensors back in one copy, flattened, under the names they were given.
+    """Reads tensors back in one copy, flattened, under the names they were given."""
+    return unpack(*pack(**columns))
+
+
+def pack(**columns: Tensor) -> tuple[dict[str, int], Tensor]:
+    """The sizes of tensors by name, and all their elements one after the other.
 
     float64 holds token ids and float32 values exactly. (On MPS float32 does, for vocabularies
     under 2^24.)
     """
     flat = {name: column.flatten() for name, column in columns.items()}
     first, *others = flat.values()
-    values: list[float] = torch.cat([wide(first), *others]).tolist()
-    host: dict[str, list[float]] = {}
+    return {name: column.shape[0] for name, column in flat.items()}, torch.cat(
+        [wide(first), *others]
+    )
+
+
+def unpack(sizes: Mapping[str, int], packed: Tensor) -> dict[str, list[float]]:
+    """Reads back what `pack` gave; a name that it was not given is an empty list."""
+    values: list[float] = packed.tolist()
+    host: dict[str, list[float]] = defaultdict(list)
     start = 0
-    for name, column in flat.items():
-        host[name] = values[start : start + column.shape[0]]
-        start += column.shape[0]
+    for name, size in sizes.items():
+        host[name] = values[start : start + size]
+        start += size
     return host
 
 

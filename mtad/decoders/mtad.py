@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from mtad.config import DecodeConfig
 from mtad.decoders.beams import grow_beams
-from mtad.decoders.common import Proposal, State
+from mtad.decoders.common import Proposal, State, Verdict
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
-from mtad.sampling import draw, score, uniforms, warp
+from mtad.logits import Logits
+from mtad.sampling import draw, score, warp
 from mtad.trace import Decision
 from mtad.verify import joint_accept_lengths
 
@@ -33,25 +35,29 @@ def decode(
     state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids)
     while state.running:
         block = draft_block(state, state.block_length())
-        logits = state.verify(block)
-        length = block.levels
-        target_logprobs = score(logits, config).rows(0, length).logprob_of(block.token_ids)
-        # Padding after an end-of-sequence is never accepted.
-        target_logprobs = torch.where(block.real, target_logprobs, -torch.inf)
-        accepted = joint_accept_lengths(
-            target_logprobs.unsqueeze(0),
-            block.draft_logprobs.unsqueeze(0),
-            config.accept_threshold,
-        )[0]
-        yield state.conclude(
-            block,
-            logits,
-            target_logprobs,
-            path=torch.arange(length, device=target.device),
-            accepted=accepted,
-            final_token=draw(warp(logits, config).row(accepted), uniforms(generator, 1)[0]),
-            reference_logprobs=block.draft_logprobs,
-        )
+        yield state.judge(longest_prefix, block, state.verify(block), 1)
+
+
+def longest_prefix(
+    config: DecodeConfig, block: Proposal, logits: Logits, chance: Tensor
+) -> Verdict:
+    """The longest prefix whose joint ratio exceeds τ, and a token from p behind it."""
+    length = block.levels
+    target_logprobs = score(logits, config).rows(0, length).logprob_of(block.token_ids)
+    # Padding after an end-of-sequence is never accepted.
+    target_logprobs = torch.where(block.real, target_logprobs, -torch.inf)
+    accepted = joint_accept_lengths(
+        target_logprobs.unsqueeze(0),
+        block.draft_logprobs.unsqueeze(0),
+        config.accept_threshold,
+    )[0]
+    return Verdict(
+        target_logprobs,
+        path=torch.arange(length, device=accepted.device),
+        accepted=accepted,
+        final_token=draw(warp(logits, config).row(accepted), chance[0]),
+        reference_logprobs=block.draft_logprobs,
+    )
 
 
 def draft_block(state: State, length: int) -> Proposal:

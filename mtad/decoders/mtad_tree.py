@@ -15,10 +15,11 @@ from torch.nn.functional import pad
 
 from mtad.config import DecodeConfig
 from mtad.decoders.beams import grow_beams
-from mtad.decoders.common import Proposal, State
+from mtad.decoders.common import Proposal, State, Verdict
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
-from mtad.sampling import draw, score, uniforms, warp
+from mtad.logits import Logits
+from mtad.sampling import draw, score, warp
 from mtad.trace import Decision
 from mtad.verify import joint_tree_path
 
@@ -36,23 +37,32 @@ def decode(
     state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids)
     while state.running:
         tree, reference, paths = draft_tree(state, state.block_length())
-        logits = state.verify(tree)
-        # Row 0 of the pass follows the pending token, row 1 + i follows node i.
-        before = score(logits, config).select(tree.parents + 1)
-        target_logprobs = before.logprob_of(tree.token_ids)
-        accepted, path = joint_tree_path(
-            target_logprobs, reference, paths, tree.real, config.accept_threshold
-        )
-        last_row = torch.cat([path.new_zeros(1), path + 1]).index_select(0, accepted.view(1))
-        yield state.conclude(
-            tree,
-            logits,
-            target_logprobs,
-            path=path,
-            accepted=accepted,
-            final_token=draw(warp(logits, config).row(last_row), uniforms(generator, 1)[0]),
-            reference_logprobs=reference,
-        )
+        yield state.judge(deepest_node, tree, state.verify(tree), 1, reference, paths)
+
+
+def deepest_node(
+    config: DecodeConfig,
+    tree: Proposal,
+    logits: Logits,
+    chance: Tensor,
+    reference: Tensor,  # [γ]
+    paths: Tensor,  # [W·γ, γ]
+) -> Verdict:
+    """The deepest node that passes, and a token from p behind it; see `draft_tree`."""
+    # Row 0 of the pass follows the pending token, row 1 + i follows node i.
+    before = score(logits, config).select(tree.parents + 1)
+    target_logprobs = before.logprob_of(tree.token_ids)
+    accepted, path = joint_tree_path(
+        target_logprobs, reference, paths, tree.real, config.accept_threshold
+    )
+    last_row = torch.cat([path.new_zeros(1), path + 1]).index_select(0, accepted.view(1))
+    return Verdict(
+        target_logprobs,
+        path=path,
+        accepted=accepted,
+        final_token=draw(warp(logits, config).row(last_row), chance[0]),
+        reference_logprobs=reference,
+    )
 
 
 def draft_tree(state: State, length: int) -> tuple[Proposal, Tensor, Tensor]:

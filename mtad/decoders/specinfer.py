@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mtad.config import DecodeConfig
-from mtad.decoders.common import Proposal, State
+from mtad.decoders.common import Proposal, State, Verdict
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.sampling import Warped, draw, draw_distinct, uniforms, unwarped, warp
@@ -45,13 +45,15 @@ def decode(
         yield state.conclude(
             tree,
             logits,
-            target_logprobs,
-            path=path.to(device),
-            accepted=torch.tensor(len(walk.path), device=device),
-            final_token=draw(walk.final, uniforms(generator, 1)[0].cpu()).to(device),
-            corrects=True,
-            scores=walk.scores.to(device),
-            thresholds=walk.thresholds.to(device),
+            Verdict(
+                target_logprobs,
+                path=path.to(device),
+                accepted=torch.tensor(len(walk.path), device=device),
+                final_token=draw(walk.final, uniforms(generator, 1)[0].cpu()).to(device),
+                corrects=True,
+                scores=walk.scores.to(device),
+                thresholds=walk.thresholds.to(device),
+            ),
         )
 
 

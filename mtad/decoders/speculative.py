@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from mtad.config import DecodeConfig
-from mtad.decoders.common import Proposal, State
+from mtad.decoders.common import Proposal, State, Verdict
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
+from mtad.logits import Logits
 from mtad.sampling import Warped, draw, residual, uniforms, warp
 from mtad.trace import Decision
 from mtad.verify import leading_run, rejection_ratios
@@ -33,55 +34,85 @@ def decode(
     state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids)
     while state.running:
         block, draft_rows = draft_block(state, state.block_length())
-        logits = state.verify(block)
-        target_rows = warp(logits, config)
-        length = block.levels
-        target_logprobs = target_rows.rows(0, length).logprob_of(block.token_ids)
-        chance = uniforms(generator, length + 1)
-        ratios = rejection_ratios(target_logprobs, block.draft_logprobs)
-        accepted = leading_run(chance[:length] < ratios)
-        final = draw(corrected_or_bonus(target_rows, draft_rows, accepted), chance[length])
-        yield state.conclude(
-            block,
-            logits,
-            target_logprobs,
-            path=torch.arange(length, device=target.device),
-            accepted=accepted,
-            final_token=final,
-            corrects=True,
-            scores=ratios,
-            thresholds=chance[:length],
-        )
+        rows = () if draft_rows is None else (draft_rows.token_ids, draft_rows.logprobs)
+        yield state.judge(while_kept, block, state.verify(block), block.levels + 1, *rows)
 
 
-def draft_block(state: State, length: int) -> tuple[Proposal, list[Warped]]:
-    """γ tokens from q, one at a time, and the γ distributions they were drawn from."""
+def while_kept(
+    config: DecodeConfig,
+    block: Proposal,
+    logits: Logits,
+    chance: Tensor,
+    *drafted: Tensor,  # tokens and log q [γ, K] of the rows that the block was drawn from
+) -> Verdict:
+    """Tokens up to the first that a test rejects, and what replaces or follows it."""
+    length = block.levels
+    target = warp(logits, config)
+    target_logprobs = target.rows(0, length).logprob_of(block.token_ids)
+    ratios = rejection_ratios(target_logprobs, block.draft_logprobs)
+    accepted = leading_run(chance[:length] < ratios)
+    last = target.row(accepted)
+    if drafted:
+        token_ids, logprobs = drafted
+        last = corrected_or_bonus(last, Warped(token_ids, logprobs, target.vocab_size), accepted)
+    return Verdict(
+        target_logprobs,
+        path=torch.arange(length, device=accepted.device),
+        accepted=accepted,
+        final_token=draw(last, chance[length]),
+        corrects=True,
+        scores=ratios,
+        thresholds=chance[:length],
+    )
+
+
+def draft_block(state: State, length: int) -> tuple[Proposal, Warped | None]:
+    """γ tokens from q, one at a time, and the rows [γ, K] that they were drawn from."""
     if length == 0:
-        return Proposal.nothing(state.target.device), []
-    rows: list[Warped] = []
-    token_ids: list[Tensor] = []
+        return Proposal.nothing(state.target.device), None
+    drawn = []
     chance = uniforms(state.generator, length)
     unread = state.draft_pending
     for position in range(length):
-        row = warp(state.draft_logits(unread)[-1], state.config)
-        unread = draw(row, chance[position]).view(1)
-        rows.append(row)
-        token_ids.append(unread)
-    tokens = torch.cat(token_ids)
-    logprobs = torch.stack(
-        [row.logprob_of(token[0]) for row, token in zip(rows, token_ids, strict=True)]
-    )
-    return Proposal.block(tokens, logprobs, cached_depth=length - 1), rows
+        last = state.draft_logits(unread)[-1:]
+        drawn.append(draw_next(last, state.rule_config, chance[position : position + 1], position))
+        unread = drawn[-1][0]
+    tokens, logprobs, ids, rows = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    block = Proposal.block(tokens, logprobs, cached_depth=length - 1)
+    return block, Warped(ids, rows, last.vocab_size)
 
 
-def corrected_or_bonus(target: Warped, draft: list[Warped], accepted: Tensor) -> Warped:
+def draw_next(
+    logits: Logits, config: DecodeConfig, chance: Tensor, position: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A token [1] drawn from one row, its log q [1], the row's tokens and log q [1, K] each.
+
+    What is drawn at one position of a block stays until that is drawn again.
+    """
+
+    def compute(logits: Logits, chance: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        row = warp(logits, config)
+        token = draw(row, chance)
+        return token, row.logprob_of(token), row.token_ids, row.logprobs
+
+    return logits.stretch(("draw", config, position), compute, chance)
+
+
+def corrected_or_bonus(target: Warped, draft: Warped, accepted: Tensor) -> Warped:
     """What the final token is drawn from.
 
     norm(max(p − q, 0)) at the first rejection, p after a whole block: beyond the block q counts
     as 0, which makes the second case one of the first.
+
+    Args:
+        target: [K] p at the accepted length.
+        draft: [γ, K'] q at every position of the block.
+        accepted: [] how many were accepted.
     """
-    last = draft[-1] if draft else target.row(accepted)
-    rows = [*(row.logprobs for row in draft), torch.full_like(last.logprobs, -torch.inf)]
-    draft_ids = torch.stack([*(row.token_ids for row in draft), last.token_ids])
-    padded = Warped(draft_ids, torch.stack(rows), target.vocab_size)
-    return residual(target.row(accepted), padded.row(accepted))
+    beyond = torch.full_like(draft.logprobs[:1], -torch.inf)
+    padded = Warped(
+        torch.cat([draft.token_ids, draft.token_ids[-1:]]),
+        torch.cat([draft.logprobs, beyond]),
+        draft.vocab_size,
+    )
+    return residual(target, padded.row(accepted))

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
 from mtad.config import DecodeConfig
-from mtad.decoders.common import State
+from mtad.decoders.common import Proposal, State, Verdict
 from mtad.decoders.speculative import draft_block
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
-from mtad.sampling import draw, uniforms, warp, wide
+from mtad.logits import Logits
+from mtad.sampling import draw, warp, wide
 from mtad.trace import Decision
 from mtad.verify import leading_run, typical_thresholds
 
@@ -33,22 +35,22 @@ def decode(
     state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids)
     while state.running:
         block, _ = draft_block(state, state.block_length())
-        logits = state.verify(block)
-        rows = warp(logits, config)
-        length = block.levels
-        target_logprobs = rows.rows(0, length).logprob_of(block.token_ids)
-        probabilities = wide(target_logprobs).exp()
-        thresholds = typical_thresholds(
-            rows.rows(0, length), config.typical_epsilon, config.typical_delta
-        )
-        accepted = leading_run(probabilities > thresholds)
-        yield state.conclude(
-            block,
-            logits,
-            target_logprobs,
-            path=torch.arange(length, device=target.device),
-            accepted=accepted,
-            final_token=draw(rows.row(accepted), uniforms(generator, 1)[0]),
-            scores=probabilities,
-            thresholds=thresholds,
-        )
+        yield state.judge(while_typical, block, state.verify(block), 1)
+
+
+def while_typical(config: DecodeConfig, block: Proposal, logits: Logits, chance: Tensor) -> Verdict:
+    """Tokens up to the first that is not typical of p, and one from p behind them."""
+    rows = warp(logits, config)
+    before = rows.rows(0, block.levels)
+    target_logprobs = before.logprob_of(block.token_ids)
+    probabilities = wide(target_logprobs).exp()
+    thresholds = typical_thresholds(before, config.typical_epsilon, config.typical_delta)
+    accepted = leading_run(probabilities > thresholds)
+    return Verdict(
+        target_logprobs,
+        path=torch.arange(block.levels, device=accepted.device),
+        accepted=accepted,
+        final_token=draw(rows.row(accepted), chance[0]),
+        scores=probabilities,
+        thresholds=thresholds,
+    )

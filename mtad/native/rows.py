@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mtad.histories import Histories
-from mtad.logits import TORCH_SEARCH
+from mtad.logits import TORCH_SEARCH, Stretches
 from mtad.native import library
 
 # Up to here one call is dearer than its work, and torch makes ten.
@@ -16,7 +16,13 @@ _NARROW = 512
 
 
 class NativeSearch:
-    """See `mtad.logits.Search`; of equal logits the one in the first column comes first."""
+    """See `mtad.logits.Search`; of equal logits the one in the first column comes first.
+
+    Attributes:
+        stretches: see `Search`.
+    """
+
+    stretches: Stretches | None = None
 
     def best(self, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """See `Search.best`."""
