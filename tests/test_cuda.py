@@ -378,7 +378,7 @@ def test_a_long_prompt_is_read_in_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
     def logits() -> Tensor:
         drafter = CudaDrafter(made, VOCABULARY)
         drafter.prefill(torch.tensor(text), hidden)
-        return drafter.next_logits(torch.tensor([3]))
+        return logq(drafter.next_logits(torch.tensor([3])))
 
     whole = logits()
     monkeypatch.setattr("mtad.cuda.drafter._CHUNK_TOKENS", 7)

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtad.cuda.arena import Arena, Lender, power_of_two
-from mtad.cuda.graphs import ordinary_tensors
+from mtad.cuda.graphs import Graphs, ordinary_tensors
 from mtad.cuda.llama import seen_below
 from mtad.cuda.stack import LayerWeights, Stack
 from mtad.hidden_draft import NORM_EPS, Ends, HiddenDraft, Layer
+from mtad.logits import Columns, Logits, TorchSearch
 
 NO_TOKEN = -1
 _FIRST_ENTRIES = 1024
@@ -52,6 +53,13 @@ class CudaDraft:
                 frequencies=1.0 / config.rope_theta**powers,
             )
         self.arenas = Lender(lambda: DraftArena(self))
+        self._columns: dict[int, Columns | None] = {}
+
+    def columns(self, vocab_size: int) -> Columns | None:
+        """What the columns of its logits stand for among V tokens."""
+        if vocab_size not in self._columns:
+            self._columns[vocab_size] = Columns.of(self.draft.token_ids, vocab_size)
+        return self._columns[vocab_size]
 
     def joined(self, token_ids: Tensor, states: Tensor) -> Tensor:
         """[R] tokens and the states [R, H] that they are read with → [R, H] into the layers."""
@@ -118,12 +126,23 @@ class DraftArena(Arena):
         with ordinary_tensors():
             like = made.stack.norm
             self.books = Books.of(_FIRST_ENTRIES, _FIRST_TEXT, made.stack.width, len(weights), like)
-            self._shares = torch.tensor((0.0, *weights), device=like.device)
+            shares = torch.tensor((0.0, *weights), device=like.device)
+            self._log_odds = shares.logit()
+        self._scalars = [0] * self.books.scalars.shape[0]
+        # A block is drawn from what each of its steps has left.
+        self.search = TorchSearch(Graphs(like.device, most=256, share_memory=False))
 
     def wipe(self) -> None:
         """See `Arena.wipe`."""
         super().wipe()
         self.books.states.zero_()
+
+    def set(self, *scalars: int) -> None:
+        """See `Books.scalars`."""
+        for place, (old, new) in enumerate(zip(self._scalars, scalars, strict=True)):
+            if old != new:
+                self.books.scalars[place].fill_(new)
+        self._scalars = list(scalars)
 
     def reserve_entries(self, entries: int) -> None:
         """Makes room for so many entries, keeping those that are there."""
@@ -152,7 +171,9 @@ class DraftArena(Arena):
         self.books = new
         self.graphs.clear()
 
-    def step(self, rows: int, bucket: int, text: int, vocab_size: int, chain: bool) -> Tensor:
+    def step(
+        self, rows: int, bucket: int, text: int, vocab_size: int, chain: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Reads entries, as many as rows, from the first unread one on.
 
         Args:
@@ -164,7 +185,7 @@ class DraftArena(Arena):
                 below an entry that was read.
 
         Returns:
-            [R, V] log q of what follows each, up to a constant.
+            The values and the extra tokens of `Logits` of R rows.
         """
         books, made = self.books, self._made
         old, cached, position, known, length = books.scalars
@@ -193,13 +214,15 @@ class DraftArena(Arena):
         after = torch.where(given, books.states.index_select(0, entries + 1), states)
         books.states.index_copy_(0, entries + 1, after)
         logits = made.logits(states).float()
-        dense = logits.new_full((rows, vocab_size), -torch.inf)
         if not books.tails.shape[1]:
-            return dense.index_copy_(1, made.draft.token_ids, logits)
+            return logits, None
         tails = self._tails(tokens, above, chain)
         books.tails.index_copy_(0, entries + 1, tails)
-        dense.index_copy_(1, made.draft.token_ids, logits.log_softmax(-1))
-        return self._mixed(dense, tails, text, length) if text else dense
+        if not text:
+            return logits, None
+        copied = self._copied(tails, text, length)
+        mixed = Logits(logits, made.columns(vocab_size)).mixed(*copied)
+        return mixed.values, mixed.extra
 
     def _tails(self, tokens: Tensor, above: Tensor, chain: bool) -> Tensor:
         tails = self.books.tails
@@ -208,8 +231,11 @@ class DraftArena(Arena):
             return line.unfold(0, tails.shape[1], 1)[1:]
         return torch.cat([tails.index_select(0, above)[:, 1:], tokens.unsqueeze(1)], 1)
 
-    def _mixed(self, logprobs: Tensor, tails: Tensor, text: int, length: Tensor) -> Tensor:
-        """As `mtad.copy_drafter` does it, with a text whose length is on the device."""
+    def _copied(self, tails: Tensor, text: int, length: Tensor) -> tuple[Tensor, Tensor]:
+        """[R] tokens that `mtad.copy_drafter` would copy, and the log odds that it does.
+
+        The length of the text is on the device.
+        """
         size, padded_text = tails.shape[1], self.books.text
         # windows[j, −i] stands i − 1 tokens before place j; behind a match a token must follow.
         windows = padded_text[1 : size + text].unfold(0, size, 1)
@@ -218,13 +244,10 @@ class DraftArena(Arena):
         lengths = equal.flip(-1).int().cumprod(-1).sum(-1)
         lengths = torch.where(places < length - 1, lengths, -1)
         best = (lengths * text + places).argmax(-1)
-        found = lengths.gather(1, best.unsqueeze(1)).clamp_min(0)
-        shares = self._shares.index_select(0, found.view(-1)).unsqueeze(1)
+        found = lengths.gather(1, best.unsqueeze(1)).clamp_min(0).view(-1)
         after = (best + size + 1).clamp_max(padded_text.shape[0] - 1)
-        token = padded_text.index_select(0, after).unsqueeze(1).clamp_min(0)
-        mixed = logprobs + torch.log1p(-shares)
-        own = torch.logaddexp(mixed.gather(1, token), shares.log())
-        return mixed.scatter(1, token, own)
+        token = padded_text.index_select(0, after).clamp_min(0)
+        return token, self._log_odds.index_select(0, found)
 
 
 def _layer_of(layer: Layer) -> LayerWeights:

@@ -13,6 +13,7 @@ from mtad.cuda.arena import MOST_ROWS, padded, power_of_two
 from mtad.cuda.draft import CudaDraft
 from mtad.eager import Saved
 from mtad.errors import PairError
+from mtad.logits import Logits
 
 _CHUNK_TOKENS = 512
 _FIRST_TEXT_BUCKET = 256
@@ -57,8 +58,8 @@ class CudaDrafter:
         self._take(target_hidden)
         self._commit(token_ids[kept:])
 
-    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor:
-        """See `Drafter.next_logits`; the result is log q itself where the draft copies."""
+    def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Logits:
+        """See `Drafter.next_logits`."""
         if parents is not None:
             if not self._entries and self._unread:
                 self._read(0, chain=True)
@@ -67,7 +68,12 @@ class CudaDrafter:
         known = 0 if self._entries else self._states.shape[0] - self._unread
         parts = [token_ids[:known], *token_ids[known:].unsqueeze(1)]
         found = [self._add(part, None) for part in parts if part.shape[0]]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        if len(found) == 1:
+            return found[0]
+        extra = [logits.extra for logits in found if logits.extra is not None]
+        return self._logits(
+            torch.cat([logits.values for logits in found]), torch.cat(extra) if extra else None
+        )
 
     def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         """See `Drafter.keep`."""
@@ -148,7 +154,7 @@ class CudaDrafter:
             start = self._text - self._unread
             books.tails[0] = books.text[start : start + books.tails.shape[1]]
 
-    def _add(self, token_ids: Tensor, parents: Tensor | None) -> Tensor:
+    def _add(self, token_ids: Tensor, parents: Tensor | None) -> Logits:
         """Reads [n] new nodes, and with them what is unread → [n, V]."""
         count, start = token_ids.shape[0], self._entries or self._unread
         chain = self._entries == 0 and parents is None
@@ -163,7 +169,7 @@ class CudaDrafter:
             books.parents[start : start + count] = parents + self._unread
         return self._read(count, chain=chain)
 
-    def _read(self, count: int, *, chain: bool) -> Tensor:
+    def _read(self, count: int, *, chain: bool) -> Logits:
         """Reads entries up to the last of n new ones → [n, V]; a chain is the first of them."""
         arena, old = self._arena, self._entries
         end = (old or self._unread) + count
@@ -177,18 +183,21 @@ class CudaDrafter:
         if not old:
             known = min(self._states.shape[0], 1 + self._unread + self._exact)
             books.states[:known] = self._states[:known]
-        numbers = old, self._cached, self._position, known, self._text
-        for place, number in enumerate(numbers):
-            books.scalars[place].fill_(number)
+        arena.set(old, self._cached, self._position, known, self._text)
         text = power_of_two(self._text, _FIRST_TEXT_BUCKET) if self._copies and count else 0
         arena.reserve_text(text)
         vocab_size = self.vocab_size
 
-        def step() -> tuple[Tensor]:
-            return (arena.step(rows, bucket, text, vocab_size, chain),)
+        def step() -> tuple[Tensor, Tensor | None]:
+            return arena.step(rows, bucket, text, vocab_size, chain)
 
         key = rows, bucket, text, vocab_size, chain
-        (found,) = arena.graphs.run(key, step) if recorded else arena.graphs.launch(step)
+        values, extra = arena.graphs.run(key, step) if recorded else arena.graphs.launch(step)
         self._entries = end
-        assert found is not None
-        return found[end - old - count : end - old].clone()
+        asked = slice(end - old - count, end - old)
+        # The next step writes where this one wrote.
+        return self._logits(values[asked].clone(), None if extra is None else extra[asked].clone())
+
+    def _logits(self, values: Tensor, extra: Tensor | None) -> Logits:
+        columns = self._made.columns(self.vocab_size)
+        return Logits(values, columns, extra=extra, search=self._arena.search)
