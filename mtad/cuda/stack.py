@@ -1,8 +1,8 @@
 """A stack of Llama's layers as plain functions of tensors.
 
-No shape and no control flow depends on a value, so that a pass can be recorded. About fifteen
-kernels a layer: queries, keys and values come from one product and turn together, what is added
-to the stream is added by the product itself.
+No shape and no control flow depends on a value, so that a pass can be recorded. About ten kernels
+a layer: queries, keys and values come from one product and turn together, what is added to the
+stream is added by the product itself.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mtad.cuda.fused import Fused, Plain, kernels
 
 # What attention adds to the scores of slots that a row must not see: their weights become exactly
 # zero, and no kernel overflows when it scales the sum, in float16 either.
@@ -68,6 +70,11 @@ class Stack:
     scaling: float = 1.0
 
     @property
+    def kernels(self) -> Plain | Fused:
+        """What it runs between its products."""
+        return kernels(self.norm.device)
+
+    @property
     def width(self) -> int:
         """H."""
         return int(self.norm.shape[0])
@@ -108,14 +115,15 @@ class Stack:
         seen: dict[int, Tensor] = {}
         mask = torch.zeros(visible.shape, dtype=x.dtype, device=x.device)
         mask = self._by_group(mask.masked_fill_(~visible, _UNSEEN))
-        turns = self._turns(positions, x.dtype)
+        angles = positions.float().unsqueeze(1) * self.frequencies
+        turns = angles.cos() * self.scaling, angles.sin() * self.scaling
         with sdpa_kernel(_BACKENDS):
             for index, (layer, kept) in enumerate(zip(self.layers, cache, strict=True)):
                 if index in taps:
                     seen[index] = x.clone()
                 self._attend(layer, x, turns, slots, mask, kept)
-                gate, up = F.linear(self.normed(x, layer.mlp_norm), layer.gate_up).chunk(2, -1)
-                x.addmm_(F.silu(gate) * up, layer.down.t())
+                both = F.linear(self.normed(x, layer.mlp_norm), layer.gate_up)
+                x.addmm_(self.kernels.gated(both), layer.down.t())
         if len(self.layers) in taps:
             seen[len(self.layers)] = self.normed(x, self.norm)
         return x, torch.cat([seen[tap] for tap in taps], -1) if taps else None
@@ -131,13 +139,10 @@ class Stack:
     ) -> None:
         rows, size = x.shape[0], kept.shape[-1]
         joined = F.linear(self.normed(x, layer.attention_norm), layer.qkv).view(rows, -1, size)
-        halves = joined.view(rows, -1, 2, size // 2).flip(2).view_as(joined)
-        turned = torch.addcmul(joined * turns[0], halves, turns[1])
-        kept.index_copy_(1, slots, turned[:, self.heads :].transpose(0, 1))
+        query = self.kernels.turn(joined, turns, slots, kept)
         seen = kept[:, : mask.shape[1]]
-        query = turned[:, : self.heads].view(rows, self.kv_heads, -1, size).transpose(0, 1)
         mixed = F.scaled_dot_product_attention(
-            query.reshape(1, self.kv_heads, -1, size),
+            query.unsqueeze(0),
             seen[: self.kv_heads].unsqueeze(0),
             seen[self.kv_heads :].unsqueeze(0),
             mask,
@@ -149,20 +154,6 @@ class Stack:
         """[R, S] → [R · group, S]: the queries of one key-value head are rows beside each other."""
         group = self.heads // self.kv_heads
         return mask.unsqueeze(1).expand(-1, group, -1).reshape(-1, mask.shape[1])
-
-    def _turns(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """[R, heads + 2·kv_heads, size] cosines and signed sines; values do not turn."""
-        angles = positions.float().unsqueeze(1) * self.frequencies
-        cosines, sines = angles.cos() * self.scaling, angles.sin() * self.scaling
-        turning = self.heads + self.kv_heads
-        still = (positions.shape[0], self.kv_heads, 2 * angles.shape[1])
-
-        def spread(left: Tensor, right: Tensor, rest: Tensor) -> Tensor:
-            both = torch.cat([left, right], -1).to(dtype).unsqueeze(1)
-            return torch.cat([both.expand(-1, turning, -1), rest], 1)
-
-        ones = torch.ones(still, dtype=dtype, device=positions.device)
-        return spread(cosines, cosines, ones), spread(-sines, sines, torch.zeros_like(ones))
 
 
 def fused(linears: Sequence[nn.Linear]) -> Tensor:
