@@ -21,8 +21,8 @@ from mtad.logits import Logits
 
 _NO_TOKEN = -1
 
-# See `longest_match`.
-Match = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# See `mixed`.
+Mix = Callable[[Logits, Tensor, Tensor, Tensor], Logits]
 
 
 class CopyDrafter:
@@ -37,21 +37,19 @@ class CopyDrafter:
     _tails: Tensor  # [1 + nodes, n] the last tokens up to the committed text, then to each node
     _tokens: Tensor  # [nodes]
 
-    def __init__(
-        self, drafter: Drafter, weights: Sequence[float], match: Match | None = None
-    ) -> None:
+    def __init__(self, drafter: Drafter, weights: Sequence[float], mix: Mix | None = None) -> None:
         """Wraps a drafter.
 
         Args:
             drafter: the drafter.
             weights: see above.
-            match: an engine's own `longest_match`.
+            mix: an engine's own `mixed`.
         """
         self.vocab_size = drafter.vocab_size
         self.target_layers = drafter.target_layers
         self.weights = tuple(weights)
         self._drafter = drafter
-        self._match = match or longest_match
+        self._mix = mix or mixed
         # log(weight / (1 − weight)) by the length of a match
         self._log_odds = [-math.inf] + [
             math.log(weight / (1 - weight)) if weight else -math.inf for weight in self.weights
@@ -87,8 +85,7 @@ class CopyDrafter:
         self._tokens = torch.cat([self._tokens, token_ids])
         if self._text.shape[0] < 2:
             return logits
-        lengths, copied = self._match(self._text, tails)
-        return logits.mixed(copied, self._odds[lengths])
+        return self._mix(logits, self._text, tails, self._odds)
 
     def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         """See `Drafter.keep`."""
@@ -107,6 +104,19 @@ class CopyDrafter:
         padded = torch.cat([self._text.new_full((size,), _NO_TOKEN), self._text])
         self._tails = padded[-size:].unsqueeze(0)
         self._tokens = self._text[:0]
+
+
+def mixed(logits: Logits, text: Tensor, tails: Tensor, log_odds: Tensor) -> Logits:
+    """Rows that propose with a share of their mass what follows the longest match.
+
+    Args:
+        logits: [R, V].
+        text: [C] token ids, C at least 2.
+        tails: [R, n] token ids; −1 where there is none.
+        log_odds: [n + 1] log(share / (1 − share)) by the length of a match.
+    """
+    lengths, copied = longest_match(text, tails)
+    return logits.mixed(copied, log_odds[lengths])
 
 
 def longest_match(text: Tensor, tails: Tensor) -> tuple[Tensor, Tensor]:

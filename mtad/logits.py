@@ -18,6 +18,14 @@ from mtad.histories import Histories
 T = TypeVar("T")
 
 
+def wide(values: Tensor) -> Tensor:
+    """`values` in float64, the type in which joints are summed and masses compared.
+
+    Apple's MPS has no float64 and stays in float32 (untested).
+    """
+    return values.float() if values.device.type == "mps" else values.double()
+
+
 class Stretches(Protocol):
     """Runs what stands between two passes: functions of tensors that never ask what is in them."""
 
@@ -43,10 +51,11 @@ class Search(Protocol):
 
     stretches: Stretches | None
 
-    def best(self, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def best(self, values: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """[rows, K] → the largest `count`, descending, and their columns, [rows, count] each.
 
-        A NaN counts as the largest.
+        A NaN counts as the largest. The third is what `log_sums` would give, from an engine that
+        finds it at the same reading.
         """
 
     def log_sums(self, values: Tensor) -> Tensor:
@@ -63,6 +72,16 @@ class Search(Protocol):
             temperature: above 0.
             top_p: in (0, 1].
         """
+
+    def draw(self, logprobs: Tensor, token_ids: Tensor, uniform: Tensor) -> Tensor:
+        """[..., K] log-probabilities and tokens, [...] uniforms → [...] tokens.
+
+        By inverting the cumulative mass, so that a token of probability 0 is never drawn: the
+        mass does not rise there.
+        """
+
+    def pick(self, logprobs: Tensor, token_ids: Tensor, tokens: Tensor) -> Tensor:
+        """[..., K] log-probabilities and tokens, [...] tokens → [...] theirs, −∞ without."""
 
     def grow(
         self,
@@ -95,10 +114,10 @@ class TorchSearch:
     def __init__(self, stretches: Stretches | None = None) -> None:
         self.stretches = stretches
 
-    def best(self, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def best(self, values: Tensor, count: int) -> tuple[Tensor, Tensor, None]:
         """See `Search.best`."""
         found = values.float().topk(count, dim=-1)
-        return found.values, found.indices
+        return found.values, found.indices, None
 
     def log_sums(self, values: Tensor) -> Tensor:
         """See `Search.log_sums`."""
@@ -117,6 +136,18 @@ class TorchSearch:
             logprobs = logprobs.log_softmax(-1)
         return logprobs
 
+    def draw(self, logprobs: Tensor, token_ids: Tensor, uniform: Tensor) -> Tensor:
+        """See `Search.draw`."""
+        mass = wide(logprobs).exp().cumsum(-1)
+        level = (uniform.to(mass.dtype) * mass[..., -1]).unsqueeze(-1)
+        index = torch.searchsorted(mass, level, right=True).clamp_max(mass.shape[-1] - 1)
+        return token_ids.gather(-1, index).squeeze(-1)
+
+    def pick(self, logprobs: Tensor, token_ids: Tensor, tokens: Tensor) -> Tensor:
+        """See `Search.pick`."""
+        hits = token_ids == tokens.unsqueeze(-1)
+        return torch.where(hits, logprobs, -torch.inf).amax(-1)
+
     def grow(self, *_: object) -> None:
         """See `Search.grow`."""
         return None
@@ -132,10 +163,12 @@ class Columns:
     Attributes:
         token_ids: [K + 1] the tokens of the K columns, and one that has no column.
         places: [V] the column of each token; K for those that have none.
+        absent: the one without a column.
     """
 
     token_ids: Tensor
     places: Tensor
+    absent: int
 
     @staticmethod
     def of(token_ids: Tensor, vocab_size: int) -> Columns | None:
@@ -146,7 +179,7 @@ class Columns:
         places = token_ids.new_full((vocab_size,), count)
         places[token_ids] = torch.arange(count, device=token_ids.device)
         absent = (places == count).int().argmax().view(1)
-        return Columns(torch.cat([token_ids, absent]), places)
+        return Columns(torch.cat([token_ids, absent]), places, int(absent))
 
     @property
     def count(self) -> int:
@@ -206,7 +239,9 @@ class Logits:
     def best(self, count: int) -> tuple[Tensor, Tensor]:
         """The largest `count` logits in float32, descending, and their tokens: [..., count]."""
         if self._best is None or self._best[0].shape[-1] < count:
-            values, places = self.search.best(self._rows(), count)
+            values, places, sums = self.search.best(self._rows(), count)
+            if sums is not None:
+                self._log_sums = sums.view(self.values.shape[:-1])
             shape = (*self.values.shape[:-1], count)
             self._best = values.view(shape), self.tokens_at(places.view(shape))
         values, tokens = self._best

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mtad import inspection, loading
-from mtad.copy_drafter import CopyDrafter, longest_match
+from mtad.copy_drafter import CopyDrafter, mixed
 from mtad.cuda import llama as cuda_llama
 from mtad.cuda.draft import CudaDraft
 from mtad.cuda.drafter import CudaDrafter
@@ -304,10 +304,10 @@ def hidden_drafter(runnable: RunnableDraft | NativeDraft | CudaDraft, vocab_size
     weights = runnable.draft.config.copy_weights
     drafter: Drafter
     if isinstance(runnable, NativeDraft):
-        drafter, match = NativeDrafter(runnable, vocab_size), rows.longest_match
+        drafter, mix = NativeDrafter(runnable, vocab_size), rows.mixed
     else:
-        drafter, match = HiddenDrafter(runnable, vocab_size), longest_match
-    return CopyDrafter(drafter, weights, match) if weights else drafter
+        drafter, mix = HiddenDrafter(runnable, vocab_size), mixed
+    return CopyDrafter(drafter, weights, mix) if weights else drafter
 
 
 def engine_reason(pair: ModelPair, engine: str) -> str | None:

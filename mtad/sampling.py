@@ -13,15 +13,7 @@ import torch
 from torch import Tensor
 
 from mtad.config import DecodeConfig
-from mtad.logits import Logits
-
-
-def wide(values: Tensor) -> Tensor:
-    """`values` in float64, the type in which joints are summed and masses compared.
-
-    Apple's MPS has no float64 and stays in float32 (untested).
-    """
-    return values.float() if values.device.type == "mps" else values.double()
+from mtad.logits import TORCH_SEARCH, Logits, Search, wide
 
 
 def uniforms(generator: torch.Generator, count: int) -> Tensor:
@@ -29,6 +21,10 @@ def uniforms(generator: torch.Generator, count: int) -> Tensor:
     device = generator.device
     dtype = torch.float32 if device.type == "mps" else torch.float64
     return torch.rand(count, generator=generator, device=device, dtype=dtype)
+
+
+# Up to so many pairs of tokens are compared, so that two small supports need no dense row.
+_MOST_PAIRS = 4096
 
 
 @dataclass(frozen=True)
@@ -42,16 +38,17 @@ class Warped:
         token_ids: [..., K] int64, distinct within a row.
         logprobs: [..., K], normalised; −∞ for a token of the support that was filtered out.
         vocab_size: V; tokens outside the support have probability 0.
+        search: how the engine that they come from reads them.
     """
 
     token_ids: Tensor
     logprobs: Tensor
     vocab_size: int
+    search: Search = TORCH_SEARCH
 
     def logprob_of(self, tokens: Tensor) -> Tensor:
         """[...] tokens, one a row → [...] their log-probabilities, −∞ outside the support."""
-        hits = self.token_ids == tokens.unsqueeze(-1)
-        return torch.where(hits, self.logprobs, -torch.inf).amax(-1)
+        return self.search.pick(self.logprobs, self.token_ids, tokens)
 
     def dense(self) -> Tensor:
         """[..., V] log-probabilities over the whole vocabulary."""
@@ -61,19 +58,28 @@ class Warped:
     def row(self, index: Tensor) -> Warped:
         """One row of a [rows, K] distribution, by a tensor of one element (no host read)."""
         picked = self.select(index.view(1))
-        return Warped(picked.token_ids[0], picked.logprobs[0], self.vocab_size)
+        return self.with_(picked.token_ids[0], picked.logprobs[0])
 
     def select(self, index: Tensor) -> Warped:
         """[n] rows of a [rows, K] distribution, by an index tensor."""
-        return Warped(
-            self.token_ids.index_select(0, index),
-            self.logprobs.index_select(0, index),
-            self.vocab_size,
+        return self.with_(
+            self.token_ids.index_select(0, index), self.logprobs.index_select(0, index)
         )
 
     def rows(self, start: int, stop: int) -> Warped:
         """Rows start to stop of a [rows, K] distribution."""
-        return Warped(self.token_ids[start:stop], self.logprobs[start:stop], self.vocab_size)
+        return self.with_(self.token_ids[start:stop], self.logprobs[start:stop])
+
+    def with_(self, token_ids: Tensor, logprobs: Tensor) -> Warped:
+        """Other distributions over the same vocabulary, read by the same engine."""
+        return Warped(token_ids, logprobs, self.vocab_size, self.search)
+
+    def mass_of(self, tokens: Tensor) -> Tensor:
+        """[K] one distribution, [n] tokens → [n] their probabilities in float64."""
+        if tokens.shape[0] * self.token_ids.shape[0] > _MOST_PAIRS:
+            return wide(self.dense().gather(-1, tokens)).exp()
+        hits = self.token_ids == tokens.unsqueeze(-1)
+        return torch.where(hits, wide(self.logprobs).exp(), 0.0).sum(-1)
 
     def entropy(self) -> Tensor:
         """[...] entropy of each row, in nats."""
@@ -108,7 +114,7 @@ def warp(logits: Tensor | Logits, config: DecodeConfig) -> Warped:
     else:
         values, token_ids = logits.values.float(), logits.tokens()
     logprobs = logits.search.warp(values, config.temperature, config.top_p)
-    return Warped(token_ids, logprobs, logits.vocab_size)
+    return Warped(token_ids, logprobs, logits.vocab_size, logits.search)
 
 
 def score(logits: Tensor | Logits, config: DecodeConfig) -> Warped:
@@ -129,14 +135,8 @@ def unwarped(logits: Tensor | Logits) -> Warped:
 
 
 def draw(distribution: Warped, uniform: Tensor) -> Tensor:
-    """[...] rows and as many uniforms → [...] tokens, by inverting the cumulative mass.
-
-    A token of probability 0 is never drawn: the cumulative mass does not rise there.
-    """
-    mass = wide(distribution.logprobs).exp().cumsum(-1)
-    level = (uniform.to(mass.dtype) * mass[..., -1]).unsqueeze(-1)
-    index = torch.searchsorted(mass, level, right=True).clamp_max(mass.shape[-1] - 1)
-    return distribution.token_ids.gather(-1, index).squeeze(-1)
+    """[...] rows and as many uniforms → [...] tokens, see `Search.draw`."""
+    return distribution.search.draw(distribution.logprobs, distribution.token_ids, uniform)
 
 
 def draw_distinct(logprobs: Tensor, uniform: Tensor, count: int) -> Tensor:
@@ -166,11 +166,10 @@ def residual(target: Warped, draft: Warped) -> Warped:
 
     Source: Leviathan et al. 2023, algorithm 1; Chen et al. 2023, equation 2.
     """
-    draft_mass = wide(draft.dense().gather(-1, target.token_ids)).exp()
     target_mass = wide(target.logprobs).exp()
-    left = (target_mass - draft_mass).clamp_min(0.0)
+    left = (target_mass - draft.mass_of(target.token_ids)).clamp_min(0.0)
     left = torch.where(left.sum(-1, keepdim=True) > 0.0, left, target_mass)
-    return Warped(target.token_ids, (left / left.sum(-1, keepdim=True)).log(), target.vocab_size)
+    return target.with_(target.token_ids, (left / left.sum(-1, keepdim=True)).log())
 
 
 def token_logprobs(logits: Tensor | Logits, tokens: Tensor, rows: Tensor | None = None) -> Tensor:

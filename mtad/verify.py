@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from mtad.errors import ConfigError
-from mtad.sampling import Warped, wide
+from mtad.logits import wide
+from mtad.sampling import Warped
 
 
 def running_sums(logprobs: Tensor) -> Tensor:

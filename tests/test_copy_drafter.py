@@ -9,22 +9,14 @@ import torch
 from torch import Tensor
 
 import mtad
-from mtad.copy_drafter import CopyDrafter, Match, longest_match
+from mtad.copy_drafter import CopyDrafter, longest_match, mixed
+from mtad.logits import Columns, Logits
 from mtad.native import library, rows
 from mtad.pairs import ModelPair
 from tests.models import tiny
 from tests.tables import TableLM
 
 WEIGHTS = (0.1, 0.5, 0.9)
-MATCHES = [
-    longest_match,
-    pytest.param(
-        rows.longest_match,
-        marks=pytest.mark.skipif(
-            library.unavailable_reason() is not None, reason="no C compiler on this machine"
-        ),
-    ),
-]
 
 
 def by_hand(text: list[int], tail: list[int], most: int) -> tuple[int, int | None]:
@@ -36,8 +28,7 @@ def by_hand(text: list[int], tail: list[int], most: int) -> tuple[int, int | Non
     return 0, None
 
 
-@pytest.mark.parametrize("match", MATCHES)
-def test_longest_match_against_a_search_by_hand(match: Match) -> None:
+def test_longest_match_against_a_search_by_hand() -> None:
     generator = torch.Generator().manual_seed(0)
     found = set()
     for _ in range(300):
@@ -45,7 +36,7 @@ def test_longest_match_against_a_search_by_hand(match: Match) -> None:
         text = torch.randint(3, (size,), generator=generator)
         tails = torch.randint(3, (4, 4), generator=generator)
         tails[0, :3] = -1  # a text of one token
-        lengths, copied = match(text, tails)
+        lengths, copied = longest_match(text, tails)
         for row in range(4):
             tail = [token for token in tails[row].tolist() if token >= 0]
             length, token = by_hand(text.tolist(), tail, 4)
@@ -53,6 +44,32 @@ def test_longest_match_against_a_search_by_hand(match: Match) -> None:
             assert token is None or int(copied[row]) == token
             found.add(length)
     assert found == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.skipif(
+    library.unavailable_reason() is not None, reason="no C compiler on this machine"
+)
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_kernels_mix_the_same(narrow: bool) -> None:
+    """Over the whole vocabulary, and where the copied token often has no column."""
+    generator = torch.Generator().manual_seed(0)
+    columns = Columns.of(torch.tensor([1, 4, 5]), 6) if narrow else None
+    odds = torch.tensor([-math.inf, -1.0, 0.5, 3.0, -math.inf])
+    extra = 0
+    for _ in range(200):
+        size = int(torch.randint(2, 12, (), generator=generator))
+        text = torch.randint(3, (size,), generator=generator)
+        tails = torch.randint(3, (5, 4), generator=generator)
+        wide = 4 * torch.randn(5, 20, generator=generator)
+        logits = Logits(wide[:, : 3 if narrow else 6], columns)
+        expected, found = (mix(logits, text, tails, odds) for mix in (mixed, rows.mixed))
+        torch.testing.assert_close(found.dense(), expected.dense(), atol=2e-6, rtol=2e-6)
+        if narrow:
+            assert expected.extra is not None and found.extra is not None
+            real = expected.values[:, -1] > -math.inf
+            assert torch.equal(found.extra[real], expected.extra[real])
+            extra += int(real.sum())
+    assert bool(extra) == narrow
 
 
 @torch.no_grad()

@@ -250,8 +250,7 @@ def test_wide_rows_are_read_as_torch_reads_them(columns: int, count: int, build:
         *(values.data_ptr(), columns + 3, 3, columns, count),
         *(best.data_ptr(), at.data_ptr(), sums.data_ptr()),
     )
-    context.library.mtad_best(context.pointer, ctypes.byref(rows))
-    context.library.mtad_log_sums(context.pointer, ctypes.byref(rows))
+    context.library.mtad_rows(context.pointer, ctypes.byref(rows))
     ordered = values.sort(dim=-1, descending=True, stable=True)
     assert torch.equal(best, ordered.values[:, :count])
     assert torch.equal(at, ordered.indices[:, :count])
@@ -261,10 +260,29 @@ def test_wide_rows_are_read_as_torch_reads_them(columns: int, count: int, build:
 def test_a_nan_comes_first_and_spoils_the_sum() -> None:
     values = torch.randn(2, 100)
     values[0, [3, 77]] = torch.nan
-    best, at = NATIVE_SEARCH.best(values, 4)
+    best, at, sums = NATIVE_SEARCH.best(values, 4)
     assert best[0, :2].isnan().all() and at[0, :2].tolist() == [3, 77]
     assert not best[0, 2:].isnan().any() and not best[1].isnan().any()
-    assert NATIVE_SEARCH.log_sums(values).isnan().tolist() == [True, False]
+    for found in (sums, NATIVE_SEARCH.log_sums(values)):
+        assert found.isnan().tolist() == [True, False]
+
+
+def test_draws_and_picks_are_those_of_torch() -> None:
+    """Also on one row without a batch, of probability 0, and of double precision."""
+    logprobs = (3 * torch.randn(6, 10)).log_softmax(-1)
+    logprobs[1, 4:] = -torch.inf
+    logprobs[2, 0] = -torch.inf
+    token_ids = torch.stack([torch.randperm(50)[:10] for _ in range(6)])
+    for uniform in (*torch.rand(50, 6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)):
+        drawn = TORCH_SEARCH.draw(logprobs, token_ids, uniform)
+        assert torch.equal(NATIVE_SEARCH.draw(logprobs, token_ids, uniform), drawn)
+        wide = logprobs[3].double(), token_ids[3], uniform[3]
+        assert torch.equal(NATIVE_SEARCH.draw(*wide), TORCH_SEARCH.draw(*wide))
+        tokens = torch.where(uniform < 0.7, drawn, 99)
+        picked = TORCH_SEARCH.pick(logprobs, token_ids, tokens)
+        assert torch.equal(NATIVE_SEARCH.pick(logprobs, token_ids, tokens), picked)
+        one = logprobs[0], token_ids[0], tokens[0]
+        assert torch.equal(NATIVE_SEARCH.pick(*one), TORCH_SEARCH.pick(*one))
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.88, 0.33, 1e-30])

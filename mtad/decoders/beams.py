@@ -17,8 +17,8 @@ from torch import Tensor
 from mtad.config import DecodeConfig
 from mtad.growth import append, grown
 from mtad.histories import Histories
-from mtad.logits import Logits
-from mtad.sampling import narrows, score, token_logprobs, top_alternatives, uniforms, wide
+from mtad.logits import Logits, wide
+from mtad.sampling import narrows, score, token_logprobs, top_alternatives, uniforms
 
 _COLUMNS = [field.name for field in dataclasses.fields(Histories)]
 

@@ -15,8 +15,8 @@ from mtad.config import DecodeConfig
 from mtad.decoders.common import Proposal, State, Verdict, check_finite
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
-from mtad.logits import Logits
-from mtad.sampling import draw, token_logprobs, uniforms, warp, wide
+from mtad.logits import Logits, wide
+from mtad.sampling import draw, token_logprobs, uniforms, warp
 from mtad.trace import Decision
 from mtad.verify import leading_run, rollback_keeps
 

@@ -23,9 +23,9 @@ from mtad.config import DecodeConfig
 from mtad.draft import Drafter
 from mtad.errors import PairError
 from mtad.lm import CachedLM
-from mtad.logits import Logits
+from mtad.logits import Logits, wide
 from mtad.pace import Pace
-from mtad.sampling import token_logprobs, top_alternatives, uniforms, wide
+from mtad.sampling import token_logprobs, top_alternatives, uniforms
 from mtad.trace import Alternative, Decision, DraftTree, FinalKind
 
 NUM_ALTERNATIVES = 5
@@ -382,9 +382,11 @@ def _find(
     verdict: Verdict,
 ) -> _Findings:
     path, final_token = verdict.path, verdict.final_token
-    rows = torch.cat([path.new_zeros(1), path + 1])
-    followers = torch.cat([proposal.token_ids[path], final_token.view(1)])
-    depths = torch.arange(rows.shape[0], device=rows.device)
+    # The path along a chain is the chain.
+    rows = None if proposal.chain else torch.cat([path.new_zeros(1), path + 1])
+    tokens = proposal.token_ids if proposal.chain else proposal.token_ids[path]
+    depths = torch.arange(path.shape[0] + 1, device=path.device)
+    followers = torch.cat([tokens, final_token.view(1)])
     emitted = torch.where(depths == verdict.accepted, final_token, followers)
     alternative_ids, alternative_logprobs = top_alternatives(logits, NUM_ALTERNATIVES, rows)
     optional = {

@@ -16,7 +16,8 @@ from mtad.config import DecodeConfig
 from mtad.decoders.common import check_finite
 from mtad.errors import BudgetError
 from mtad.lm import CachedLM
-from mtad.sampling import Warped, draw, score, top_alternatives, wide
+from mtad.logits import wide
+from mtad.sampling import Warped, draw, score, top_alternatives
 from mtad.trace import Alternative
 
 _CHUNK_NODES = 256

@@ -16,8 +16,8 @@ from mtad.decoders.common import Proposal, State, Verdict
 from mtad.decoders.speculative import draft_block
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
-from mtad.logits import Logits
-from mtad.sampling import draw, warp, wide
+from mtad.logits import Logits, wide
+from mtad.sampling import draw, warp
 from mtad.trace import Decision
 from mtad.verify import leading_run, typical_thresholds
 

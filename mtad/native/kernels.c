@@ -941,10 +941,10 @@ typedef struct {
     const float *values; /* [rows, columns] */
     int64_t stride;      /* floats from row to row */
     int32_t rows, columns;
-    int32_t count; /* at most `columns` */
+    int32_t count; /* at most `columns`; 0 looks for none */
     float *best;   /* [rows, count] the largest, descending; where there is a NaN it comes first */
     int64_t *at;   /* [rows, count] their columns; of equal ones the first comes first */
-    float *sums;   /* [rows] log Σ exp */
+    float *sums;   /* [rows] log Σ exp; NULL for none */
 } Rows;
 
 INLINE int any(ints mask) {
@@ -998,15 +998,6 @@ static void best_of_row(const float *from, int columns, int count, float *value,
     }
 }
 
-static void best_work(void *context, int thread, void *argument) {
-    const Rows *r = argument;
-    (void)thread;
-    PARALLEL(context, r->rows) {
-        const size_t to = (size_t)item * (size_t)r->count;
-        best_of_row(r->values + item * r->stride, r->columns, r->count, r->best + to, r->at + to);
-    }
-}
-
 static float log_sum(const float *from, int columns) {
     const int whole = columns / LANES * LANES;
     floats most = broadcast(-INFINITY), sum = {0};
@@ -1019,22 +1010,24 @@ static float log_sum(const float *from, int columns) {
     return top + logf(lane_sum(sum));
 }
 
-static void log_sums_work(void *context, int thread, void *argument) {
+/* A row is read twice, the second time from the cache. */
+static void rows_work(void *context, int thread, void *argument) {
     const Rows *r = argument;
     (void)thread;
-    PARALLEL(context, r->rows) r->sums[item] = log_sum(r->values + item * r->stride, r->columns);
+    PARALLEL(context, r->rows) {
+        const float *from = r->values + item * r->stride;
+        const size_t to = (size_t)item * (size_t)r->count;
+        if (r->count) best_of_row(from, r->columns, r->count, r->best + to, r->at + to);
+        if (r->sums) r->sums[item] = log_sum(from, r->columns);
+    }
 }
 
 /* Waking the other threads costs more than a few rows of a draft. */
-static void read_rows(Context *c, void (*work)(void *, int, void *), const Rows *rows) {
+void mtad_rows(Context *c, const Rows *rows) {
     Context alone = {.threads = 1};
     const int small = (int64_t)rows->rows * rows->columns < ROWS_WORTH_THREADS;
-    run(small ? &alone : c, work, (void *)rows);
+    run(small ? &alone : c, rows_work, (void *)rows);
 }
-
-void mtad_best(Context *c, const Rows *rows) { read_rows(c, best_work, rows); }
-
-void mtad_log_sums(Context *c, const Rows *rows) { read_rows(c, log_sums_work, rows); }
 
 /* Warped log-probabilities of rows of logits, which descend if top_p < 1: divided by the
  * temperature and normalised, then only those before which less mass than top_p stands, and
@@ -1129,19 +1122,77 @@ void mtad_grow(const Growth *g) {
     }
 }
 
-/* Where in `text` the longest end of each of the tails [rows, size] stands with a token after it:
- * the latest such place. Its length, and the token after it (any where the length is 0). */
-void mtad_longest_match(const int64_t *text, int count, const int64_t *tails, int rows, int size,
-                        int64_t *lengths, int64_t *tokens) {
-    for (int row = 0; row < rows; row++) {
-        const int64_t *tail = tails + (size_t)row * (size_t)size;
-        lengths[row] = 0, tokens[row] = text[0];
-        for (int end = count - 2; end >= 0 && lengths[row] < size; end--) {
-            int length = 0;
-            while (length < size && length <= end && text[end - length] == tail[size - 1 - length])
-                length++;
-            if (length > lengths[row]) lengths[row] = length, tokens[row] = text[end + 1];
+/* One token of each row, by inverting its cumulative mass at a uniform. */
+void mtad_draw(const double *logprobs, const int64_t *token_ids, const double *uniform, int rows,
+               int columns, int64_t *drawn) {
+    for (int row = 0; row < rows; row++, logprobs += columns, token_ids += columns) {
+        double total = 0.0, mass = 0.0;
+        int at = 0;
+        for (int i = 0; i < columns; i++) total += exp(logprobs[i]);
+        for (; at < columns - 1; at++) {
+            mass += exp(logprobs[at]);
+            if (mass > uniform[row] * total) break;
         }
+        drawn[row] = token_ids[at];
+    }
+}
+
+/* What a row says of one token; −∞ where it is not among those of the row. */
+void mtad_pick(const float *logprobs, const int64_t *token_ids, const int64_t *tokens, int rows,
+               int columns, float *picked) {
+    for (int row = 0; row < rows; row++, logprobs += columns, token_ids += columns) {
+        picked[row] = -INFINITY;
+        for (int i = 0; i < columns; i++)
+            if (token_ids[i] == tokens[row]) picked[row] = logprobs[i];
+    }
+}
+
+typedef struct {
+    const float *values; /* [rows, columns] logits */
+    int64_t stride;      /* floats from row to row */
+    int32_t rows, columns;
+    const int64_t *text; /* [count] */
+    const int64_t *tails; /* [rows, size] */
+    int32_t count, size;
+    const float *odds;     /* [size + 1] log(share / (1 - share)) by the length of a match */
+    const int64_t *places; /* the column of each token, `columns` for those without one; NULL
+                            * where column i is token i */
+    int64_t absent;        /* a token without a column */
+    float *mixed;          /* [rows, columns], one column more with `places` */
+    int64_t *extra;        /* [rows] the token of that column */
+} Mixture;
+
+/* Where in the text the longest end of a tail stands with a token after it: the latest such place.
+ * Its length; the token after it, any where the length is 0. */
+static int longest_match(const Mixture *m, const int64_t *tail, int64_t *token) {
+    int longest = 0;
+    *token = m->text[0];
+    for (int end = m->count - 2; end >= 0 && longest < m->size; end--) {
+        int length = 0;
+        while (length < m->size && length <= end &&
+               m->text[end - length] == tail[m->size - 1 - length])
+            length++;
+        if (length > longest) longest = length, *token = m->text[end + 1];
+    }
+    return longest;
+}
+
+/* Rows of (1 - share) · softmax + share · one token each, up to a constant: the mass of that
+ * token grows. */
+void mtad_mix(const Mixture *m) {
+    const int columns = m->columns, width = columns + (m->places ? 1 : 0);
+    for (int row = 0; row < m->rows; row++) {
+        const float *from = m->values + row * m->stride;
+        float *to = m->mixed + (size_t)row * (size_t)width;
+        int64_t token;
+        const float odds = m->odds[longest_match(m, m->tails + (size_t)row * m->size, &token)];
+        memcpy(to, from, (size_t)columns * sizeof *to);
+        if (m->places) to[columns] = -INFINITY, m->extra[row] = m->absent;
+        if (odds == -INFINITY) continue;
+        const int64_t place = m->places ? m->places[token] : token;
+        if (place == columns) m->extra[row] = token;
+        const float a = to[place], b = log_sum(from, columns) + odds;
+        to[place] = a > b ? a + log1pf(expf(b - a)) : b + log1pf(expf(a - b));
     }
 }
 

@@ -159,6 +159,26 @@ class Rows(ctypes.Structure):
     )
 
 
+class Mixture(ctypes.Structure):
+    """`Mixture` of kernels.c."""
+
+    _fields_ = (
+        ("values", _Pointer),
+        ("stride", ctypes.c_int64),
+        ("rows", ctypes.c_int32),
+        ("columns", ctypes.c_int32),
+        ("text", _Pointer),
+        ("tails", _Pointer),
+        ("count", ctypes.c_int32),
+        ("size", ctypes.c_int32),
+        ("odds", _Pointer),
+        ("places", _Pointer),
+        ("absent", ctypes.c_int64),
+        ("mixed", _Pointer),
+        ("extra", _Pointer),
+    )
+
+
 class Growth(ctypes.Structure):
     """`Growth` of kernels.c."""
 
@@ -373,19 +393,16 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
             (_Pointer, ctypes.POINTER(Draft), ctypes.POINTER(Cache), ctypes.POINTER(Step)),
         ),
         ("mtad_read", integer, (_Pointer, ctypes.POINTER(Draft), _Pointer, _Pointer, integer)),
-        ("mtad_best", None, (_Pointer, ctypes.POINTER(Rows))),
-        ("mtad_log_sums", None, (_Pointer, ctypes.POINTER(Rows))),
+        ("mtad_rows", None, (_Pointer, ctypes.POINTER(Rows))),
         (
             "mtad_warp",
             None,
             (_Pointer, integer, integer, ctypes.c_double, ctypes.c_double, _Pointer),
         ),
         ("mtad_grow", None, (ctypes.POINTER(Growth),)),
-        (
-            "mtad_longest_match",
-            None,
-            (_Pointer, integer, _Pointer, integer, integer, _Pointer, _Pointer),
-        ),
+        ("mtad_draw", None, (*[_Pointer] * 3, integer, integer, _Pointer)),
+        ("mtad_pick", None, (*[_Pointer] * 3, integer, integer, _Pointer)),
+        ("mtad_mix", None, (ctypes.POINTER(Mixture),)),
         ("mtad_kernels", ctypes.c_char_p, ()),
     ):
         function = getattr(library, name)

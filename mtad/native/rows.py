@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mtad.histories import Histories
-from mtad.logits import TORCH_SEARCH, Stretches
+from mtad.logits import TORCH_SEARCH, Logits, Stretches
 from mtad.native import library
 
 # Up to here one call is dearer than its work, and torch makes ten.
@@ -24,48 +24,13 @@ class NativeSearch:
 
     stretches: Stretches | None = None
 
-    def best(self, values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def best(self, values: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `Search.best`."""
-        values = _readable(values)
-        rows = values.shape[0]
-        largest = values.new_empty(rows, count)
-        columns = torch.empty(rows, count, dtype=torch.int64)
-        threads = library.context()
-        threads.library.mtad_best(
-            threads.pointer,
-            ctypes.byref(
-                library.Rows(
-                    values.data_ptr(),
-                    values.stride(0),
-                    rows,
-                    values.shape[1],
-                    count,
-                    largest.data_ptr(),
-                    columns.data_ptr(),
-                )
-            ),
-        )
-        return largest, columns
+        return _read(values, count)
 
     def log_sums(self, values: Tensor) -> Tensor:
         """See `Search.log_sums`."""
-        values = _readable(values)
-        rows = values.shape[0]
-        sums = values.new_empty(rows)
-        threads = library.context()
-        threads.library.mtad_log_sums(
-            threads.pointer,
-            ctypes.byref(
-                library.Rows(
-                    values.data_ptr(),
-                    values.stride(0),
-                    rows,
-                    values.shape[1],
-                    sums=sums.data_ptr(),
-                )
-            ),
-        )
-        return sums
+        return _read(values, 0)[2]
 
     def warp(self, values: Tensor, temperature: float, top_p: float) -> Tensor:
         """See `Search.warp`; masses are summed in float64."""
@@ -83,6 +48,35 @@ class NativeSearch:
             logprobs.data_ptr(),
         )
         return logprobs
+
+    def draw(self, logprobs: Tensor, token_ids: Tensor, uniform: Tensor) -> Tensor:
+        """See `Search.draw`."""
+        columns = logprobs.shape[-1]
+        if columns > _NARROW or uniform.shape != logprobs.shape[:-1]:
+            return TORCH_SEARCH.draw(logprobs, token_ids, uniform)
+        mass, token_ids = logprobs.double().contiguous(), token_ids.contiguous()
+        level = uniform.double().contiguous()
+        drawn = torch.empty(uniform.shape, dtype=torch.int64)
+        library.load().mtad_draw(
+            *(mass.data_ptr(), token_ids.data_ptr(), level.data_ptr()),
+            *(level.numel(), columns, drawn.data_ptr()),
+        )
+        return drawn
+
+    def pick(self, logprobs: Tensor, token_ids: Tensor, tokens: Tensor) -> Tensor:
+        """See `Search.pick`."""
+        columns = logprobs.shape[-1]
+        known = logprobs.dtype == torch.float32 and tokens.shape == logprobs.shape[:-1]
+        if columns > _NARROW or not known:
+            return TORCH_SEARCH.pick(logprobs, token_ids, tokens)
+        logprobs, token_ids = logprobs.contiguous(), token_ids.contiguous()
+        tokens = tokens.contiguous()
+        picked = logprobs.new_empty(tokens.shape)
+        library.load().mtad_pick(
+            *(logprobs.data_ptr(), token_ids.data_ptr(), tokens.data_ptr()),
+            *(tokens.numel(), columns, picked.data_ptr()),
+        )
+        return picked
 
     def grow(
         self,
@@ -128,21 +122,46 @@ class NativeSearch:
 NATIVE_SEARCH = NativeSearch()
 
 
-def longest_match(text: Tensor, tails: Tensor) -> tuple[Tensor, Tensor]:
-    """See `mtad.copy_drafter.longest_match`."""
+def mixed(logits: Logits, text: Tensor, tails: Tensor, log_odds: Tensor) -> Logits:
+    """See `mtad.copy_drafter.mixed`; a row where nothing is copied is only copied itself."""
+    values, columns = _readable(logits.values), logits.columns
+    rows, width = values.shape
+    mixture = values.new_empty(rows, width + (columns is not None))
+    extra = None if columns is None else torch.empty(rows, dtype=torch.int64)
     tails = tails.contiguous()
-    rows, size = tails.shape
-    lengths, tokens = torch.empty(2, rows, dtype=torch.int64)
-    library.load().mtad_longest_match(
-        text.data_ptr(),
-        text.shape[0],
-        tails.data_ptr(),
-        rows,
-        size,
-        lengths.data_ptr(),
-        tokens.data_ptr(),
+    library.load().mtad_mix(
+        ctypes.byref(
+            library.Mixture(
+                *(values.data_ptr(), values.stride(0), rows, width),
+                *(text.data_ptr(), tails.data_ptr(), text.shape[0], tails.shape[1]),
+                log_odds.data_ptr(),
+                None if columns is None else columns.places.data_ptr(),
+                0 if columns is None else columns.absent,
+                mixture.data_ptr(),
+                None if extra is None else extra.data_ptr(),
+            )
+        )
     )
-    return lengths, tokens
+    return Logits(mixture, columns, extra=extra, search=logits.search)
+
+
+def _read(values: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest, their columns, and the log-sums."""
+    values = _readable(values)
+    rows = values.shape[0]
+    largest, sums = values.new_empty(rows, count), values.new_empty(rows)
+    columns = torch.empty(rows, count, dtype=torch.int64)
+    threads = library.context()
+    threads.library.mtad_rows(
+        threads.pointer,
+        ctypes.byref(
+            library.Rows(
+                *(values.data_ptr(), values.stride(0), rows, values.shape[1], count),
+                *(largest.data_ptr(), columns.data_ptr(), sums.data_ptr()),
+            )
+        ),
+    )
+    return largest, columns, sums
 
 
 def _readable(values: Tensor) -> Tensor:
