@@ -207,14 +207,15 @@ def _predictions(found: Sequence[Row], costs: Costs | None) -> list[str]:
     lines = [
         "predicted ×: tokens/pass × the cost of a one-token pass / the cost of verification and"
         f" drafting; medians of {costs.rounds} at a context of {costs.context}, measured in this"
-        " process."
+        " process. With γ auto an iteration costs what its mean verification does, between two"
+        " measured ones."
     ]
     without = [row.line.title for row in found if row.prompts and row.predicted is None]
     if without:
         lines.append(
             f"predicted × {DASH}: for {', '.join(dict.fromkeys(without))} no fixed cost of an"
-            " iteration was measured (transformers, no fixed draft length, or a tree that W does"
-            " not divide)."
+            " iteration was measured (transformers, a draft that ends where it is unsure, or a tree"
+            " that W does not divide)."
         )
     return lines
 

@@ -15,7 +15,7 @@ import torch
 from mtad.energy import EnergyWindows, Meter, none_meter, probe
 from mtad.lm import Recorder
 from mtad.text import Detokenizer
-from mtad.trace import Decision, Step, replace_emitted
+from mtad.trace import Alternative, Decision, Step, replace_emitted
 
 
 class Timing:
@@ -115,7 +115,10 @@ class Scribe:
             decision=dataclasses.replace(
                 decision,
                 alternatives=tuple(
-                    tuple(dataclasses.replace(a, text=words.piece(a.token_id)) for a in position)
+                    tuple(
+                        Alternative(a.token_id, a.logprob, words.piece(a.token_id))
+                        for a in position
+                    )
                     for position in decision.alternatives
                 ),
             ),

@@ -25,9 +25,11 @@ from mtad.sampling import Warped
 def running_sums(logprobs: Tensor) -> Tensor:
     """[..., γ] conditionals → [..., γ] joints of the prefixes, in float64.
 
-    Added one by one in order of depth, not by a parallel scan, so that a recomputation from a
-    trace gives the same bits on every device.
+    Added one by one in order of depth, as the CPU's scan does and a parallel one does not, so that
+    a recomputation from a trace gives the same bits on every device.
     """
+    if logprobs.device.type == "cpu":
+        return wide(logprobs).cumsum(-1)
     columns = wide(logprobs).unbind(-1)
     sums = [torch.zeros_like(columns[0])] if columns else []
     for column in columns:

@@ -398,6 +398,27 @@ def test_predictions() -> None:
     assert table(runs, MTAD)[0].predicted is None
 
 
+def test_a_length_that_adapts_is_predicted_by_its_mean_verification() -> None:
+    adapts = Setting("mtad", "auto", 0.5)
+    costs = dataclasses.replace(
+        COSTS,
+        target={1: 0.05, **{rows: 0.05 + 0.005 * (rows - 1) for rows in (2, 3, 5, 9, 17)}},
+    )
+    runs = [made(PLAIN, "a", 1.0), made(adapts, "a", 0.8, tokens=20, target_positions=70)]
+    found = table(runs, PLAIN, adapts, costs=costs)[1]
+    # Seven rows: between γ 4 and γ 8, at 6 draft tokens.
+    assert found.predicted == pytest.approx(2 * 0.05 / (0.08 + 0.01 + 5 * 0.015))
+    assert found.measured_over_predicted == pytest.approx(2.5 / (0.1 / 0.165))
+    short = [made(adapts, "a", target_positions=14)]  # now and then no draft at all
+    (found,) = table(short, adapts, costs=costs)
+    assert found.predicted == pytest.approx(0.05 / (0.05 + 0.4 * 0.015))
+    assert passes_of([adapts], DecodeConfig()) == {
+        ("draft", 4),
+        *(("target", rows) for rows in (1, 2, 3, 5, 9, 17)),
+    }
+    assert table(runs, adapts)[0].predicted is None
+
+
 def test_the_passes_of_a_prediction() -> None:
     config = DecodeConfig(k_config=(4, 2, 2))
     assert specinfer_passes(config) == (("tree", 29), [("draft", 4), ("draft", 8)])

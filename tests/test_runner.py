@@ -755,3 +755,15 @@ def test_a_real_answer(smollm2: Any) -> None:
     assert cut.stop_reason == "stop"
     assert cut.text == trace.text[: trace.text.index(stop)]
     assert cut.token_ids == trace.token_ids[: len(cut.token_ids)]
+
+
+def test_a_drafter_of_ones_own_is_one_object_and_holds_one_text() -> None:
+    """Its iterations of all lengths are measured one after the other."""
+    target, draft = tiny("llama", seed=1), tiny("llama", seed=2)
+    drafter = LMDrafter(CachedLM(draft))
+    config = mtad.DecodeConfig(max_new_tokens=20, num_draft_tokens="auto")
+    pair = ModelPair(target, drafter)
+    for _ in range(2):
+        trace = mtad.run("mtad", pair, prompt_ids=[1, 2, 3], config=config)
+        assert len(trace.token_ids) == 20
+        assert trace.config.iteration_costs is not None

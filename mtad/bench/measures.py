@@ -30,7 +30,10 @@ from mtad.acceptance.records import Record, Setting
 from mtad.bench.records import Run
 from mtad.bench.roofline import Machine, Reached, Shape, reached
 from mtad.config import DecodeConfig
+from mtad.pace import MAX_AUTO_DRAFT_TOKENS
 from mtad.trace import EnergyReading
+
+AUTO_LENGTHS = (1, 2, 4, 8, MAX_AUTO_DRAFT_TOKENS)
 
 MIN_PROMPTS = 5
 """From fewer prompts there is no interval: its percentiles would be those of single prompts."""
@@ -171,7 +174,7 @@ def rows(
 
     def finish(row: Row) -> Row:
         setting, own = row.line.setting, found[row.line.setting]
-        expected = predict(quality[setting], config, costs)
+        expected = predict(quality[setting], config, costs, mean_rows(own))
         measured = row.times_autoregressive
         shape, draft = (targets or {}).get(setting), (drafts or {}).get(setting)
         return dataclasses.replace(
@@ -312,18 +315,44 @@ def specinfer_passes(config: DecodeConfig) -> tuple[Pass, list[Pass]] | None:
 
 def passes_of(settings: Sequence[Setting], config: DecodeConfig) -> set[Pass]:
     """The passes whose costs the predictions are made of."""
-    found = needed_passes(settings, config.beam_width)
+    fixed = [one for setting in settings for one in fixed_lengths(setting)]
+    found = needed_passes(fixed, config.beam_width)
     tree = specinfer_passes(config)
     if tree is not None and any(setting.method == "specinfer" for setting in settings):
         found |= {tree[0], *tree[1]}
     return found
 
 
-def predict(quality: acceptance.Row, config: DecodeConfig, costs: Costs | None) -> float | None:
+def fixed_lengths(setting: Setting) -> list[Setting]:
+    """The setting itself; with γ "auto" the lengths whose costs stand for all."""
+    if setting.num_draft_tokens != "auto":
+        return [setting]
+    return [dataclasses.replace(setting, num_draft_tokens=length) for length in AUTO_LENGTHS]
+
+
+def mean_rows(own: Runs) -> float | None:
+    """Mean rows of a verification."""
+    records = [run.record for run in own.values()]
+    positions = sum(record.target_positions for record in records)
+    return ratio(positions, sum(record.target_passes for record in records))
+
+
+def predict(
+    quality: acceptance.Row, config: DecodeConfig, costs: Costs | None, rows: float | None
+) -> float | None:
     """Tokens a pass × the cost of a one-token pass / the cost of verification and drafting.
 
-    None where iterations differ in what they draft, and for transformers.
+    With γ "auto" the costs of an iteration are those of its mean verification. None where
+    iterations differ in what they draft in another way, and for transformers.
+
+    Args:
+        quality: the row.
+        config: of the runs.
+        costs: measured.
+        rows: mean rows of a verification.
     """
+    if quality.score is None and quality.setting.num_draft_tokens == "auto":
+        return _predict_auto(quality, config, costs, rows)
     if quality.score is not None or costs is None or quality.setting.method != "specinfer":
         return quality.score
     passes = specinfer_passes(config)
@@ -337,6 +366,27 @@ def predict(quality: acceptance.Row, config: DecodeConfig, costs: Costs | None) 
     steps = math.fsum(step for step in drafting if step is not None)
     seconds = verifying + costs.draft_first + steps
     return quality.block_efficiency.value * costs.target[1] / seconds
+
+
+def _predict_auto(
+    quality: acceptance.Row, config: DecodeConfig, costs: Costs | None, rows: float | None
+) -> float | None:
+    """Between two lengths that were measured the cost of an iteration is a straight line."""
+    if costs is None or rows is None or quality.block_efficiency is None:
+        return None
+    one_token = costs.target[1]
+    points = [(1.0, one_token)]
+    for setting in fixed_lengths(quality.setting):
+        passes = iteration_passes(setting, config.beam_width)
+        seconds = costs.pass_seconds(setting, config.beam_width)
+        if passes is None or seconds is None:
+            return None
+        points.append((float(passes[0][1]), seconds))
+    for (left, low), (right, high) in zip(points, points[1:], strict=False):
+        if rows <= right:
+            seconds = low + (high - low) * (rows - left) / (right - left)
+            return quality.block_efficiency.value * one_token / seconds
+    return None
 
 
 def draft_rows(setting: Setting, config: DecodeConfig) -> float | None:
@@ -367,9 +417,7 @@ def _target_pass(
     runs = own.values()
     passes = sum(run.timed_passes for run in runs)
     seconds = math.fsum(run.record.verify_seconds for run in runs)
-    positions = sum(run.record.target_positions for run in runs)
-    width = ratio(positions, sum(run.record.target_passes for run in runs))
-    return _limit(own, shape, machine, dtype, passes, seconds, width)
+    return _limit(own, shape, machine, dtype, passes, seconds, mean_rows(own))
 
 
 def _draft_step(
