@@ -17,6 +17,7 @@ import torch
 
 import mtad
 from mtad import runner
+from mtad.draft import LMDrafter
 from mtad.energy import ReplayMeter
 from mtad.errors import (
     Cancelled,
@@ -26,6 +27,8 @@ from mtad.errors import (
     PairError,
     PromptError,
 )
+from mtad.lm import CachedLM
+from mtad.pairs import ModelPair
 from mtad.recording import meter_for
 from mtad.runner import device_lock
 from mtad.trace import EnergyReading, Step, Trace
