@@ -3,6 +3,7 @@
 # make check    formatting, lint, types, direction of imports
 # make measure  all methods on the prompt set; takes long
 # make recording  records anew the comparison that the page opens with; on an idle machine
+# make pictures takes the screenshots of the docs anew
 # make clean    removes the environment and the caches (fetched weights stay)
 #
 # Override: make demo PYTHON=python3.12 VENV=/tmp/env PORT=8000 PIP_ARGS="--index-url …"
@@ -22,7 +23,7 @@ STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
 .DELETE_ON_ERROR:
-.PHONY: demo test check measure recording clean
+.PHONY: demo test check measure recording pictures clean
 
 demo: $(STAMP)
 	$(PY) -m mtad fetch
@@ -48,7 +49,11 @@ measure: $(STAMP)
 recording: $(STAMP)
 	$(PY) -m mtad fetch
 	$(PY) -m mtad compare "Why is the sky blue?" --methods autoregressive,speculative,mtad \
-		--max-new-tokens 96 --json "assets/traces/$(RECORDING).jsonl"
+		--max-new-tokens 96 --num-draft-tokens auto --json "assets/traces/$(RECORDING).jsonl"
+
+pictures: $(DEV_STAMP)
+	$(PY) -m mtad fetch
+	$(PY) docs/pictures/take.py
 
 clean:
 	rm -rf "$(VENV)" build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
