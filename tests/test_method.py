@@ -7,12 +7,10 @@ import re
 
 from mtad.catalogue import methods
 from mtad.shipped import ASSETS
-from mtad.trace import Trace
 from mtad.ui.board import encode
 from mtad.ui.loading import PairLoader
 from mtad.ui.method import (
     BIBTEX,
-    RECORDING,
     energy_line,
     example,
     here,
@@ -21,21 +19,16 @@ from mtad.ui.method import (
     method_table,
     model_facts,
     still,
+    telling_passes,
 )
 from tests.test_ui import ReadyPair
-
-
-def recorded() -> Trace:
-    lines = (ASSETS / "traces" / RECORDING).read_bytes().splitlines()
-    return next(trace for trace in map(Trace.from_json, lines) if trace.method == "mtad")
 
 
 def test_the_drawn_pass_is_a_recorded_one_and_shows_the_rule() -> None:
     drawn = example()
     assert drawn is not None
-    trace = recorded()
-    number = int(drawn["source"].split()[1])
-    step = trace.steps[number - 1]
+    trace, step = min(telling_passes(), key=lambda one: len(one[1].node_texts))
+    assert int(drawn["source"].split()[1]) == step.index + 1
     tree = step.decision.tree
     assert [row["text"] for row in drawn["rows"]] == list(step.node_texts)
     total = 0.0
@@ -90,10 +83,10 @@ def test_facts_of_models_and_machine() -> None:
     assert dict(shown["facts"][0][1]) == {"name": "hand-made target"}
     assert {"processor", "torch", "transformers", "gradio"} <= set(dict(machine_facts("cpu")))
     assert shown["notes"] == list(ReadyPair.notes)
-    info = recorded().target
+    info = telling_passes()[0][0].target
     found = dict(model_facts(info, "Apache-2.0"))
     assert found["parameters"] == "134.5 million" and found["licence"] == "Apache-2.0"
-    assert found["weights read a pass"] == "256.6 MiB"
+    assert found["weights read a pass"] == f"{info.weight_bytes / 2**20:,.1f} MiB"
 
 
 def test_licences_of_a_preset() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from mtad.trace import Trace
+from mtad.ui.compare_tab import EXAMPLES
 from tests.browser import CONTRAST, WATCH_FRAMES
 from tests.test_ui import HOSTILE
 
@@ -78,7 +79,7 @@ def test_stop_keeps_the_partial_text_and_frees_the_device(app: str, visit: Any) 
     assert len(text) > 5
     page.wait_for_selector("#mtad-run:enabled")
     assert one.answer(0) == text
-    assert page.input_value("#mtad-prompt textarea") == "Why is the sky blue?"
+    assert page.input_value("#mtad-prompt textarea") == EXAMPLES[0]
     one.set(max_new_tokens=4)
     one.run()
     page.wait_for_function("document.querySelector('.mtad-status').textContent === 'Finished.'")

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from mtad.trace import Trace
+from mtad.ui.compare_tab import EXAMPLES
 from mtad.ui.recordings import Gallery
 from tests.browser import CONTRAST, free_port, server
 from tests.test_ui import HOSTILE
@@ -110,7 +111,7 @@ def test_a_recording_stands_before_any_model_is_there(
     first = next(iter(traces.values()))
     assert origin.startswith(f"Recorded {first.started_at[:10]}")
     assert first.versions["hardware"] in origin
-    assert "Why is the sky blue?" in origin
+    assert EXAMPLES[0] in origin
 
     # Its files are those that were recorded.
     board = page.locator("#mtad-board")
@@ -126,7 +127,7 @@ def test_a_recording_stands_before_any_model_is_there(
     page.get_by_text("NVIDIA H200", exact=False).first.wait_for()
     other = Gallery().get("h200-smollm2")
     assert other is not None
-    assert [one.answer(k) for k in range(3)] == [t.text for t in other.traces().values()]
+    assert [one.answer(k) for k in range(4)] == [t.text for t in other.traces().values()]
     choice.select_option("cpu-smollm2")
     page.wait_for_function("text => document.body.innerText.includes(text)", arg=origin[:20])
 
@@ -411,7 +412,7 @@ def test_a_link_that_cannot_be_used_says_why(hostile: str, visit: Any) -> None:
     one.page.wait_for_selector(".mtad-share.mtad-share-error")
     said = one.page.inner_text(NOTE)
     assert "top_k is '<img src=x>', but must be a number" in said
-    assert one.page.input_value("#mtad-prompt textarea") == "Why is the sky blue?"
+    assert one.page.input_value("#mtad-prompt textarea") == EXAMPLES[0]
     one.page.get_by_role("button", name="Dismiss").click()
     assert one.page.locator("#mtad-share").is_hidden()
 

@@ -194,8 +194,15 @@ def _newest(entries: Sequence[tuple[str, str, Trace]]) -> str:
 
 
 def _telling(entries: Sequence[tuple[str, str, Trace]]) -> str:
-    """The trace with the most rescued dips, if any has one; else as `_newest`."""
-    rescued = {key: len(strip_view(trace)["rescued"]) for key, _, trace in entries}
+    """The trace of `mtad` with the most rescued dips, if any has one; else as `_newest`.
+
+    A tree has them too, and is no picture to begin with.
+    """
+    rescued = {
+        key: len(strip_view(trace)["rescued"])
+        for key, _, trace in entries
+        if trace.method == "mtad"
+    }
     best = max(rescued, key=rescued.__getitem__, default="")
     return best if rescued.get(best) else _newest(entries)
 

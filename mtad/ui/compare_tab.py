@@ -34,10 +34,10 @@ from mtad.ui.site import MODEL_SLOT, QUIET, Site, script
 
 DEFAULT_METHODS = ["autoregressive", "speculative", "mtad"]
 EXAMPLES = [
+    "List five things to check before a long train journey.",
     "Why is the sky blue?",
     "Write a short story about a lighthouse keeper who finds a letter.",
     "Explain to a ten-year-old how a bicycle stays upright.",
-    "List five things to check before a long train journey.",
     "Write a Python function that says whether a word is a palindrome.",
 ]
 # Constant, because gradio runs templates as code. All that changes is filled in by the scripts.

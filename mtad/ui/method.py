@@ -17,7 +17,6 @@ from mtad.ui.recordings import FOLDER, read_traces
 from mtad.ui.steps import number, reference_logprobs, visible
 from mtad.whatif import node_ratios
 
-RECORDING = "h200-smollm2.jsonl"
 BIBTEX = """@inproceedings{qin2025optimized,
   title     = {Optimized Multi-Token Joint Decoding With Auxiliary Model for LLM Inference},
   author    = {Qin, Zongyue and Hu, Ziniu and He, Zifan and Prakriya, Neha and Cong, Jason
@@ -138,16 +137,24 @@ def method_table() -> list[dict[str, Any]]:
 
 @functools.cache
 def example() -> dict[str, Any] | None:
-    """A recorded pass whose ratio falls under log τ, comes back, and falls for good.
+    """The shortest recorded pass whose ratio falls under log τ, comes back, and falls for good.
 
-    None if this installation has no recording.
+    None if no recording of this installation has one.
     """
-    file = FOLDER / RECORDING
-    if not file.is_file():
-        return None
-    traces = [found for found in read_traces(file) if isinstance(found, Trace)]
-    trace = next(trace for trace in traces if trace.method == "mtad")
-    return drawing(trace, next(step for step in trace.steps if is_telling(step, trace)))
+    found = telling_passes()
+    return drawing(*min(found, key=lambda one: len(one[1].node_texts))) if found else None
+
+
+def telling_passes() -> list[tuple[Trace, Step]]:
+    """Of all recordings; see `is_telling`."""
+    traces = [trace for file in sorted(FOLDER.glob("*.jsonl")) for trace in read_traces(file)]
+    return [
+        (trace, step)
+        for trace in traces
+        if isinstance(trace, Trace) and trace.method == "mtad"
+        for step in trace.steps
+        if is_telling(step, trace)
+    ]
 
 
 def is_telling(step: Step, trace: Trace) -> bool:
@@ -157,7 +164,8 @@ def is_telling(step: Step, trace: Trace) -> bool:
         return False
     ratios, accepted = node_ratios(decision), decision.accepted_length
     limit = math.log(trace.config.accept_threshold)
-    return any(ratio <= limit for ratio in ratios[:accepted]) and accepted < len(ratios)
+    drawn = all(math.isfinite(ratio) for ratio in ratios)
+    return drawn and any(ratio <= limit for ratio in ratios[:accepted]) and accepted < len(ratios)
 
 
 def drawing(trace: Trace, step: Step) -> dict[str, Any]:

@@ -94,9 +94,12 @@ def build(
                 queue=False,
                 **QUIET,
             )
-        header.choose_pair(
-            functools.partial(_choose, site), outputs=[header, clock], queue=False, **QUIET
-        )
+
+        # Not a partial: gradio would not see that it takes an event.
+        def choose(event: gr.EventData) -> tuple[str, Any]:
+            return _choose(site, event)
+
+        header.choose_pair(choose, outputs=[header, clock], queue=False, **QUIET)
         for name, endpoint in (("compare", compare_endpoint), ("generate", generate_endpoint)):
             gr.api(
                 endpoint(site.source, site.stream, site.limits),
