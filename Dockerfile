@@ -15,7 +15,7 @@ RUN apt-get update \
 
 # Spaces run a container as this user.
 RUN useradd --create-home --uid 1000 user
-USER user
+USER 1000
 WORKDIR /home/user/app
 ENV PATH=/home/user/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \

@@ -75,7 +75,7 @@ class TestDockerfile:
         words = instructions()
         assert ("EXPOSE", "7860") in words
         assert any(word == "RUN" and f"--uid {USER_ID} user" in rest for word, rest in words)
-        assert [rest for word, rest in words if word == "USER"] == ["user"]
+        assert [rest for word, rest in words if word == "USER"] == [str(USER_ID)]
         values = environment()
         assert values["GRADIO_SERVER_NAME"] == "0.0.0.0"
         assert values["GRADIO_SERVER_PORT"] == "7860"
@@ -142,9 +142,9 @@ def test_its_start_needs_no_root_no_write_and_no_network(smollm2: Any, tmp_path:
     assert "unreachable" in told["network"]
     assert told["refused"] == sorted([str(tree), str(models)])
     trace = Trace.from_json(json.dumps(told["trace"]))
-    assert trace.status == "done"
+    assert trace.stop_reason == "length"
     assert len(trace.token_ids) == 8
-    assert trace.machine.engine == smollm2.engine, "the fastest engine, compiled for this start"
+    assert trace.engine == smollm2.engine, "the fastest engine, compiled for this start"
     assert not list((models).glob("kernels")), "and nothing was written beside the weights"
     changed = [path for path in tree.rglob("*") if path.lstat().st_mtime > told["started"]]
     assert changed == []
@@ -205,8 +205,11 @@ def forking(duration: Callable[..., float]) -> Callable[[Any], Any]:
             inbox, outbox = fork.Pipe(duplex=False)
 
             def work() -> None:
-                for value in function(*pickle.loads(sent)):
-                    outbox.send(("value", value))
+                try:
+                    for value in function(*pickle.loads(sent)):
+                        outbox.send(("value", value))
+                except BaseException as error:
+                    outbox.send(("error", error))
                 outbox.send(("end", os.getpid()))
 
             process = fork.Process(target=work)
@@ -215,6 +218,8 @@ def forking(duration: Callable[..., float]) -> Callable[[Any], Any]:
                 while True:
                     assert inbox.poll(60)
                     kind, value = inbox.recv()
+                    if kind == "error":
+                        raise value
                     if kind == "end":
                         workers.append(value)
                         return
@@ -233,7 +238,7 @@ workers: list[int] = []
 
 
 def lent_run(stream: Any, config: DecodeConfig, **more: Any) -> list[Step | Trace]:
-    return list(stream("mtad", None, raw_prompt=[3, 1, 4], config=config, **more))
+    return list(stream("mtad", None, prompt_ids=[3, 1, 4], config=config, **more))
 
 
 @pytest.fixture
@@ -263,12 +268,12 @@ class TestSharedGpu:
         stream = shared_gpu_stream(library_stream, Source(pair), HOSTED)  # type: ignore[arg-type]
         *steps, trace = lent_run(stream, config)
         assert isinstance(trace, Trace)
-        direct = list(library_stream("mtad", pair, raw_prompt=[3, 1, 4], config=config))[-1]
+        direct = list(library_stream("mtad", pair, prompt_ids=[3, 1, 4], config=config))[-1]
         assert isinstance(direct, Trace)
         assert trace.token_ids == direct.token_ids
         assert len(steps) == len(trace.steps)
-        assert trace.summary.energy.joules is None
-        assert trace.summary.energy.reason == NO_JOULES
+        assert trace.energy.joules is None
+        assert trace.energy.reason == NO_JOULES
 
     def test_across_a_fork_all_comes_back(self, pair: ModelPair) -> None:
         asked.clear()
@@ -300,11 +305,11 @@ class TestSharedGpu:
         )
         cancel, seen = threading.Event(), []
         config = DecodeConfig(max_new_tokens=400, num_draft_tokens=1, temperature=1.5)
-        for event in stream("mtad", None, raw_prompt=[3, 1, 4], config=config, cancel=cancel):
+        for event in stream("mtad", None, prompt_ids=[3, 1, 4], config=config, cancel=cancel):
             seen.append(event)
             if len(seen) == 3:
                 cancel.set()
         trace = seen[-1]
         assert isinstance(trace, Trace)
-        assert trace.status == "cancelled"
+        assert trace.stop_reason == "cancelled"
         assert 3 <= len(trace.token_ids) < 200

@@ -497,7 +497,10 @@ def test_recorded_traces_are_all_readable_and_can_be_drawn() -> None:
 
 
 def test_a_listing_prefers_the_visit_and_a_trace_that_tells_most(tmp_path: Path) -> None:
-    lines = [joint_trace(block((-9.0,), (-0.1,), 0), method="mtad"), joint_trace(RESCUE, method="mtad")]
+    lines = [
+        joint_trace(block((-9.0,), (-0.1,), 0), method="mtad"),
+        joint_trace(RESCUE, method="mtad"),
+    ]
     text = "\n".join([*(each.to_json() for each in lines), '{"method": "broken"}'])
     (tmp_path / "some.jsonl").write_text(text, encoding="utf-8")
     shelf = Shelf()
