@@ -710,6 +710,10 @@ function drawPass(view) {
 function context([before, tokens, after]) {
   const box = make("p", "mtad-context");
   box.dir = "auto";
+  // A long text scrolls.
+  box.tabIndex = 0;
+  box.setAttribute("role", "group");
+  box.setAttribute("aria-label", "The text around this pass");
   box.append(make("bdi", "mtad-dim", before));
   for (const [kind, text] of tokens) {
     const token = make("span", "mtad-tok " + CLASSES[kind], text);

@@ -277,6 +277,8 @@ class Lane {
       block.append(token);
     }
     if (pending) block.append(struck());
+    const words = [...step.t.map(([, text]) => text), ...(step.x || [])].join("");
+    if (!words.trim()) block.setAttribute("aria-label", /[\r\n]/.test(words) ? "line break" : "space");
     return block;
   }
 
