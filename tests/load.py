@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,9 @@ def visit(address: str, seed: int, until: float, outcome: Outcome, lock: threadi
                 outcome.counts["cancelled"] += 1
                 continue
             error = None if job.cancelled() else job.exception(timeout=30)
+            if isinstance(error, CancelledError):
+                outcome.counts["cancelled"] += 1
+                continue
             if error is not None:
                 outcome.errors.append(f"{type(error).__name__}: {error}"[:200])
             outcome.counts["refused" if error else "served"] += 1
