@@ -360,17 +360,18 @@ def test_the_real_pair_in_float32(
 
 
 def test_a_third_turn_saves_most_of_its_prefill(smollm2: Any) -> None:
-    session = Session()
-    kept = conversation(smollm2, "mtad", session)[-1]
+    again, whole = [], []
+    for _ in range(3):  # a thread that wakes late costs as much as the prefill; the fastest counts
+        session = Session()
+        kept = conversation(smollm2, "mtad", session)[-1]
+        fresh = mtad.run(
+            "mtad", smollm2, prompt_ids=kept.prompt_ids, config=mtad.DecodeConfig(max_new_tokens=2)
+        )
+        again.append(kept.summary.prefill_seconds)
+        whole.append(fresh.summary.prefill_seconds)
     reused, size = session.reused_tokens, len(kept.prompt_ids)
-    fresh = mtad.run(
-        "mtad", smollm2, prompt_ids=kept.prompt_ids, config=mtad.DecodeConfig(max_new_tokens=2)
-    )
-    print(
-        f"prompt {size}, reused {reused}; prefill {kept.summary.prefill_seconds:.3f} s,"
-        f" without {fresh.summary.prefill_seconds:.3f} s"
-    )
+    print(f"prompt {size}, reused {reused}; prefill {min(again):.3f} s, without {min(whole):.3f} s")
     assert reused > 0.8 * size
-    assert kept.summary.prefill_seconds < 0.5 * fresh.summary.prefill_seconds
+    assert min(again) < 0.5 * min(whole)
     assert kept.summary.time_to_first_token_seconds > kept.summary.prefill_seconds
     assert f"{reused} of {size} prompt tokens" in kept.notes[-1]
