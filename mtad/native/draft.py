@@ -15,7 +15,7 @@ from mtad.native import library
 from mtad.native.linear import matrix
 from mtad.native.llama import rotary_tables
 from mtad.native.model import LayerWeights, NativeModel
-from mtad.native.packing import FLOAT32, GROUP, LANES, pack
+from mtad.native.packing import CODES4, FLOAT32, GROUP, LANES, pack
 
 
 class NativeDraft:
@@ -37,7 +37,8 @@ class NativeDraft:
             draft: the draft, float32.
             ends: the target's; its head has no bias, as no Llama's has.
             positions: how long a text can become.
-            exact: keep the weights in float32 instead of 4 or 8 bits.
+            exact: keep the weights in float32. Else its own are rounded to 4 bits, which cost it
+                no acceptance (docs/log.md), and the head's rows stay in the bits of the target.
 
         Raises:
             PairError: its shape is not one that the kernels know.
@@ -49,7 +50,7 @@ class NativeDraft:
         size = config.hidden_size // config.num_heads
         powers = torch.arange(0, size, 2, dtype=torch.float32) / size
         cosines, sines = rotary_tables(1.0 / config.rope_theta**powers, positions)
-        kind = FLOAT32 if exact else None
+        kind, head_kind = (FLOAT32, FLOAT32) if exact else (CODES4, None)
         self.draft = draft
         self.ends = ends
         self.model = NativeModel(
@@ -61,7 +62,7 @@ class NativeDraft:
             eps=NORM_EPS,
             cosines=cosines,
             sines=sines,
-            exact=exact,
+            kinds=(kind, head_kind),
         )
         read, join = pack(draft.read.weight, kind), pack(draft.join.weight, kind)
         floats = [norm.detach() for norm in (draft.read_norm, draft.token_norm, draft.state_norm)]

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from mtad.eager import Output
 from mtad.errors import PairError
 from mtad.native.model import LayerWeights, NativeModel
-from mtad.native.packing import LANES, fits
+from mtad.native.packing import FLOAT32, LANES, fits
 from mtad.native.rows import NATIVE_SEARCH
 
 
@@ -38,6 +38,7 @@ class NativeLlama:
         if reason:
             raise PairError(reason)
         config = model.config
+        kind = FLOAT32 if exact else None
         rotary = model.model.rotary_emb
         cosines, sines = rotary_tables(rotary.inv_freq, config.max_position_embeddings)
         self.embedding: Tensor = model.get_input_embeddings().weight.detach()
@@ -50,7 +51,7 @@ class NativeLlama:
             eps=config.rms_norm_eps,
             cosines=cosines * rotary.attention_scaling,
             sines=sines * rotary.attention_scaling,
-            exact=exact,
+            kinds=(kind, kind),
         )
 
     def passes(self) -> NativePasses:

@@ -79,18 +79,20 @@ class NativeModel:
         eps: float,
         cosines: Tensor,  # [P, size / 2]
         sines: Tensor,  # [P, size / 2]
-        exact: bool = False,
+        kinds: tuple[int | None, int | None] = (None, None),
     ) -> None:
-        kind = FLOAT32 if exact else None
+        """Packs everything; `kinds` are those that `pack` gets for the layers and for the head."""
+        kind, head_kind = kinds
         self._kept: list[Tensor] = []  # the kernels hold pointers into these
         self.weight_bytes = 0
         made = [self._layer(layer, kind) for layer in layers]
         self.width = int(norm.shape[0])
         self.num_layers = len(made)
         self._layers = (library.Layer * len(made))(*made)
-        kinds = {each.kind for one in made for each in (one.qkv, one.out, one.gate_up, one.down)}
-        self.weights = "float32" if exact else "int4" if kinds == {CODES4} else "int8"
-        packed_head = self._matrix(head, kind)
+        found = {each.kind for one in made for each in (one.qkv, one.out, one.gate_up, one.down)}
+        names = {FLOAT32: "float32", CODES4: "int4"}
+        self.weights = names.get(found.pop(), "int8") if len(found) == 1 else "int8"
+        packed_head = self._matrix(head, head_kind)
         size = 2 * int(cosines.shape[1])
         self.head_rows = int(head.shape[0])
         self._kv = (kv_heads, size)

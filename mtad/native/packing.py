@@ -1,8 +1,9 @@
 """Weights in the layout that the kernels read; see the comment on `Matrix` in kernels.c.
 
-Four bits are used only where they lose nothing: for weights that were stored in groups of 32
-with 16 evenly spaced values each (llama.cpp's Q4_1 and Q4_0), as a matrix that was dequantised
-from such a file is. Everything else gets eight bits a weight (as Q8_0 has them).
+Unless they are asked for, four bits are used only where they lose nothing: for weights that were
+stored in groups of 32 with 16 evenly spaced values each (llama.cpp's Q4_1 and Q4_0), as a matrix
+that was dequantised from such a file is. Everything else gets eight bits a weight (as Q8_0 has
+them).
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def pack(weight: Tensor, kind: int | None = None) -> Packed:
         return Packed(FLOAT32, rows, columns, data.view(-1).view(torch.uint8))
     groups = weight.view(rows, columns // GROUP, GROUP)
     if kind != CODES8:
-        small = _four_bits(groups)
+        small = _four_bits(groups, rounded=kind == CODES4)
         if small is not None:
             return Packed(CODES4, rows, columns, small)
     return Packed(CODES8, rows, columns, _eight_bits(groups))
@@ -77,15 +78,15 @@ def unpack(packed: Packed) -> Tensor:
     return values.permute(0, 3, 1, 2, 4).reshape(packed.rows, packed.columns)
 
 
-def _four_bits(groups: Tensor) -> Tensor | None:
-    """Of [rows, count, 32]; None if the weights are not sixteen evenly spaced values a group."""
+def _four_bits(groups: Tensor, rounded: bool) -> Tensor | None:
+    """Of [rows, count, 32]; None if they would have to be rounded and may not be."""
     low, high = groups.amin(-1), groups.amax(-1)
     minima, scales = low.half(), ((high - low) / 15).half()
     steps = scales.float().unsqueeze(-1)
     shifted = groups - minima.float().unsqueeze(-1)
     codes = torch.where(steps > 0, shifted / steps, 0.0).round_().clamp_(0, 15)
     missed = (shifted - codes * steps).abs_() > EXACT_STEPS * steps
-    if bool(missed.any()):
+    if not rounded and bool(missed.any()):
         return None
     parts = _in_parts(codes.to(torch.uint8))
     both = parts[:, :, :4] | parts[:, :, 4:] << 4
