@@ -28,6 +28,9 @@ from mtad.errors import ConfigError
 from mtad.terminal import clean, console, header_lines, legend, step_text, summary_lines
 from mtad.trace import Step, Trace
 
+# A terminal that wakes for every step takes time from the decoder.
+_HAND_OVER_SECONDS = 0.05
+
 PairOption = Annotated[str, typer.Option("--pair", help="Models; see `mtad pairs`.")]
 DraftOption = Annotated[
     Path | None,
@@ -99,7 +102,13 @@ def generate(
     out = console(sys.stdout)
     with stop_on_interrupt() as stop:
         events = stream(
-            method, models, **asked, config=config, cancel=stop, deadline_seconds=deadline
+            method,
+            models,
+            **asked,
+            config=config,
+            cancel=stop,
+            deadline_seconds=deadline,
+            interval_seconds=_HAND_OVER_SECONDS,
         )
         trace = _print_events(events, out, show=show)
     if json_file is not None:

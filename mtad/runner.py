@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import math
 import platform
 import queue
 import threading
@@ -78,6 +79,7 @@ def stream(
     deadline_seconds: float | None = None,
     meter: Meter | None = None,
     session: Session | None = None,
+    interval_seconds: float = 0.0,
 ) -> Iterator[Step | Trace]:
     """Decodes in a worker thread and yields Steps as they happen, the Trace last.
 
@@ -98,6 +100,8 @@ def stream(
         meter: measures energy; by default the best one for the device.
         session: of a conversation: what it has of the prompt is not read again. The tokens are
             those of a run without it.
+        interval_seconds: Steps after the first are handed over in bunches, not more often than
+            this. A reader who wakes for every one of them takes time from a fast decoder.
 
     Raises:
         ConfigError, PromptError, PairError, BudgetError: with a message for the user, before
@@ -120,6 +124,7 @@ def stream(
         deadline_seconds,
         meter,
         session,
+        interval_seconds,
     )
     return run.events()
 
@@ -151,6 +156,7 @@ def run(
         deadline_seconds=deadline_seconds,
         meter=meter,
         session=session,
+        interval_seconds=math.inf,
     )
     *_, trace = events
     assert isinstance(trace, Trace)
@@ -170,6 +176,7 @@ class _Run:
         deadline_seconds: float | None,
         meter: Meter | None,
         session: Session | None,
+        interval_seconds: float,
     ) -> None:
         number = isinstance(deadline_seconds, (int, float)) and deadline_seconds > 0
         if deadline_seconds is not None and not number:
@@ -187,7 +194,10 @@ class _Run:
         self._deadline_seconds = deadline_seconds
         self._meter = meter
         self._session = session
-        self._queue: queue.SimpleQueue[Step | Trace | BaseException] = queue.SimpleQueue()
+        self._interval_seconds = interval_seconds
+        self._bunch: list[Step] = []  # not handed over yet
+        self._handed_over_at = -math.inf
+        self._queue: queue.SimpleQueue[list[Step] | Trace | BaseException] = queue.SimpleQueue()
 
     def events(self) -> Iterator[Step | Trace]:
         """Runs the worker and hands on what it reports."""
@@ -201,9 +211,10 @@ class _Run:
                 event = self._queue.get()
                 if isinstance(event, BaseException):
                     raise event
-                yield event
                 if isinstance(event, Trace):
+                    yield event
                     return
+                yield from event
         finally:
             self._closed.set()
             worker.join()
@@ -250,11 +261,21 @@ class _Run:
                 self._check()
             try:
                 with torch.inference_mode():
-                    self._queue.put(self._decode())
+                    trace = self._decode()
+                self._hand_over()
+                self._queue.put(trace)
             finally:
                 lock.release()
         except BaseException as error:  # handed to the thread that waits, which raises it
+            self._hand_over()
             self._queue.put(error)
+
+    def _hand_over(self) -> None:
+        """Gives the reader the Steps that wait."""
+        if self._bunch:
+            self._queue.put(self._bunch)
+        self._bunch = []
+        self._handed_over_at = time.perf_counter()
 
     def _decode(self) -> Trace:
         pair, device = self.pair, self.pair.device
@@ -325,7 +346,9 @@ class _Run:
         try:
             for decision in decisions:
                 step = scribe.write(decision)
-                self._queue.put(step)
+                self._bunch.append(step)
+                if time.perf_counter() - self._handed_over_at >= self._interval_seconds:
+                    self._hand_over()
                 if scribe.stopped:
                     return "stop"
         except DeadlineExceeded:

@@ -43,14 +43,18 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def server(*command: str, port: int | None = None) -> Iterator[str]:
-    """A process that serves the page, on a free port where none is given; its address."""
+def server(*command: str, port: int | None = None, **variables: str) -> Iterator[str]:
+    """A process that serves the page, on a free port where none is given; its address.
+
+    `variables` are added to its environment.
+    """
     port = port or free_port()
     environment = {
         **os.environ,
         "GRADIO_SERVER_PORT": str(port),
         "GRADIO_ANALYTICS_ENABLED": "False",
         "PYTHONPATH": str(ROOT),
+        **variables,
     }
     environment.pop("GRADIO_SERVER_NAME", None)
     process = subprocess.Popen(

@@ -299,6 +299,39 @@ def test_closing_waits_for_no_more_than_the_pass_that_is_running(watched: Watche
     assert_free()
 
 
+@pytest.mark.parametrize("interval_seconds", [0.05, math.inf])
+def test_steps_in_bunches_are_the_same_steps(watched: Watched, interval_seconds: float) -> None:
+    def steps(**more: Any) -> list[tuple[int, ...]]:
+        events = runner.stream(
+            "mtad", watched.pair, prompt_ids=PROMPT, config=config(max_new_tokens=40), **more
+        )
+        *found, trace = events
+        assert isinstance(trace, Trace)
+        assert found == list(trace.steps)
+        return [step.decision.emitted for step in trace.steps]
+
+    assert steps(interval_seconds=interval_seconds) == steps()
+
+
+def test_of_bunches_the_first_holds_one_step(watched: Watched) -> None:
+    events = runner.stream(
+        "autoregressive",
+        watched.pair,
+        prompt_ids=PROMPT,
+        config=config(max_new_tokens=40),
+        interval_seconds=math.inf,
+    )
+    assert isinstance(next(events), Step)
+    following = next(events)
+    # All the others came with the end of the run, when the worker had nothing left to do.
+    deadline = time.monotonic() + 5
+    while workers() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert workers() == []
+    assert isinstance(following, Step)
+    assert len(list(events)) == 39
+
+
 def test_an_iterator_that_is_forgotten_stops_its_run(watched: Watched) -> None:
     events = mtad.stream("mtad", watched.pair, prompt_ids=PROMPT, config=config(max_new_tokens=400))
     next(events)

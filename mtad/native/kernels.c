@@ -122,7 +122,7 @@ typedef struct {
 
 /* ---- threads ------------------------------------------------------------------------------ */
 
-#define SPINS_BEFORE_YIELD 4096
+#define SPINS_BEFORE_YIELD 256
 #define SPINS_BEFORE_SLEEP 20000
 
 INLINE void relax(void) {
