@@ -1011,9 +1011,27 @@ function drawRatioChart(chart) {
     labels.push(svg("text", { x: px + 9, y: py + (below ? 15 : -7), class: "mtad-point-text" }, chart.labels[index] + far));
   });
   nodes.push(...labels);
-  // Behind the last point, where no curve runs, if the label has room there.
-  const behind = x1 - middle(chart.depth) > 165 && width <= passBox.clientWidth;
-  nodes.push(svg("text", { x: behind ? x1 - 4 : x0 + 8, y: lineY + 15, "text-anchor": behind ? "end" : "start", class: "mtad-tau-text" }, chart.line));
+  // Where no curve runs through the label; above the line's beginning if there is no such place.
+  const size = chart.line.length * 7.2;
+  const begin = [[x0 + 8, 15], [x0 + 8, -7]];
+  const places = width <= passBox.clientWidth ? [[x1 - 4, 15], [x1 - 4, -7], ...begin] : begin;
+  const free = places.find(([edge, shift]) => {
+    const [from, to] = edge < x1 - 4 ? [edge, edge + size] : [edge - size, edge];
+    const [above, below] = shift > 0 ? [lineY - 2, lineY + 21] : [lineY - 21, lineY + 2];
+    return !chart.curves.some((curve) => {
+      const line = [[x0, y(0)], ...curve.map(point)];
+      return line.slice(1).some(([bx, by], k) => {
+        const [ax, ay] = line[k];
+        for (let part = 0; part <= 24; part += 1) {
+          const [px, py] = [ax + ((bx - ax) * part) / 24, ay + ((by - ay) * part) / 24];
+          if (px >= from - 6 && px <= to + 6 && py >= above && py <= below) return true;
+        }
+        return false;
+      });
+    });
+  });
+  const [labelX, labelShift] = free || [x0 + 8, -7];
+  nodes.push(svg("text", { x: labelX, y: lineY + labelShift, "text-anchor": labelX === x1 - 4 ? "end" : "start", class: "mtad-tau-text" }, chart.line));
   // A dip that a later token rescues: from the last of it to the token that lifts it back.
   if (chart.dips.length) {
     const dip = chart.dips[chart.dips.length - 1];

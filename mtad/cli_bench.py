@@ -57,6 +57,8 @@ from mtad.terminal import clean, console
 
 METHODS = "autoregressive,speculative,mtad,mtad_tree,specinfer"
 PROMPTS = 16
+# Rounds of cost measurements, so many at a time.
+_COST_PARTS, _COST_ROUNDS = 5, 5
 
 
 @dataclass
@@ -246,7 +248,12 @@ def _run(
     prompts: dict[str, list[int]],
     file: RunFile | None,
 ) -> None:
-    """Measures machine and costs, then runs what is not in the file yet."""
+    """Measures machine and costs, then runs what is not in the file yet.
+
+    Costs are measured again between the runs: a machine that others use as well has slow minutes,
+    and a prediction from one of them says nothing of the others.
+    """
+    from mtad.acceptance.costs import measure_costs, together
     from mtad.bench.systems import Failure, measure, missing
 
     err = console(sys.stderr)
@@ -257,18 +264,27 @@ def _run(
             outcome.machine = _machine(outcome, models, stop, err)
             passes = passes_of(settings, config)
             width = config.beam_width
-            outcome.costs, why = pass_costs(models, passes, width, stop, err, purpose="prediction")
+            outcome.costs, why = pass_costs(
+                models, passes, width, stop, err, purpose="prediction", rounds=_COST_ROUNDS
+            )
             outcome.notes += why
+            parts = [] if outcome.costs is None else [outcome.costs]
+            marks = {len(todo) * part // _COST_PARTS for part in range(1, _COST_PARTS)}
             with progress(err, outcome.planned, len(todo)) as say:
-                for found in measure(systems, todo, prompts, config, stop):
+                for done, found in enumerate(measure(systems, todo, prompts, config, stop), 1):
                     if isinstance(found, Failure):
                         outcome.failures[found.setting] = found.message
                         err.print(clean(f"{found.setting} is out: {found.message}"), soft_wrap=True)
-                        continue
-                    if file is not None:
-                        file.add(found)
-                    outcome.runs.append(found)
-                    say(dataclasses.replace(found.record, tokens=found.timed_tokens))
+                    else:
+                        if file is not None:
+                            file.add(found)
+                        outcome.runs.append(found)
+                        say(dataclasses.replace(found.record, tokens=found.timed_tokens))
+                    if parts and done in marks:
+                        parts.append(
+                            measure_costs(models, passes, width, rounds=_COST_ROUNDS, cancel=stop)
+                        )
+                        outcome.costs = together(parts)
         except (Cancelled, KeyboardInterrupt):
             outcome.interrupted = True
         outcome.interrupted |= stop.is_set()

@@ -64,9 +64,10 @@ def pass_costs(
     err: Console,
     *,
     purpose: str,
+    rounds: int | None = None,
 ) -> tuple[Costs | None, tuple[str, ...]]:
     """What the passes cost; or None, and a note that says why there is no `purpose`."""
-    from mtad.acceptance.costs import measure_costs
+    from mtad.acceptance.costs import ROUNDS, measure_costs
 
     try:
         with stage(err, "Measuring what the passes cost") as show:
@@ -74,6 +75,7 @@ def pass_costs(
                 models,
                 passes,
                 beam_width,
+                rounds=rounds or ROUNDS,
                 cancel=stop,
                 progress=lambda done, total: show(f"{done} of {total}"),
             )

@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 from mtad import ModelPair, cli_acceptance
 from mtad.acceptance import records as records_module
-from mtad.acceptance.costs import measure_costs
+from mtad.acceptance.costs import measure_costs, together
 from mtad.acceptance.measures import (
     Costs,
     Estimate,
@@ -547,6 +547,16 @@ def test_only_passes_of_the_settings_are_measured(
     assert (found.draft_first is None) == (not draft)
     known = [setting for setting in settings if setting.method != "specinfer" and not alone]
     assert all(found.pass_seconds(setting, 3) for setting in known)
+
+
+def test_of_costs_measured_several_times_the_middle_counts() -> None:
+    parts = [
+        Costs(200, 5, {1: one, 5: 3.0}, {9: 2 * one}, {1: 0.1}, first)
+        for one, first in ((4.0, 0.2), (1.0, 0.3), (2.0, 0.7))
+    ]
+    found = together(parts)
+    assert found == Costs(200, 15, {1: 2.0, 5: 3.0}, {9: 4.0}, {1: 0.1}, 0.3)
+    assert together([Costs(9, 1, {1: 1.0}, {}, {}, None)]) == Costs(9, 1, {1: 1.0}, {}, {}, None)
 
 
 def test_costs_can_be_stopped_and_need_room(pair: ModelPair) -> None:

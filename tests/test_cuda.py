@@ -25,6 +25,7 @@ from mtad.copy_drafter import CopyDrafter
 from mtad.cuda import arena, graphs
 from mtad.cuda.draft import CudaDraft
 from mtad.cuda.drafter import CudaDrafter
+from mtad.cuda.fused import Fused, Plain, kernels
 from mtad.cuda.llama import CudaLlama, unsupported_reason
 from mtad.cuda.stack import fused
 from mtad.decoders import load_decoder
@@ -571,3 +572,32 @@ def test_the_oldest_graph_makes_room() -> None:
         (found,) = recorded.run(key, lambda key=key: (values * key,))  # type: ignore[misc]
         assert found.item() == key * key
     assert list(recorded._recorded) == [1, 2]
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "width"), [(9, 3, 64, 1536), (4, 4, 48, 5)])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_the_fused_kernels_do_what_plain_operations_do(
+    dtype: torch.dtype, heads: int, kv_heads: int, size: int, width: int, rows: int
+) -> None:
+    if not isinstance(kernels(torch.device("cuda")), Fused):
+        pytest.skip("Triton compiles nothing here")
+    random = torch.Generator("cuda").manual_seed(1)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", generator=random)
+
+    joined = some(rows, heads + 2 * kv_heads, size).to(dtype)
+    turns = some(rows, size // 2)
+    slots = torch.randperm(20, device="cuda", generator=random)[:rows]
+    caches = [torch.zeros(2 * kv_heads, 20, size, device="cuda", dtype=dtype) for _ in range(2)]
+    queries = [
+        each.turn(joined, (turns.cos(), turns.sin()), slots, cache)
+        for each, cache in zip((Plain(), Fused()), caches, strict=True)
+    ]
+    torch.testing.assert_close(queries[1], queries[0])
+    torch.testing.assert_close(caches[1], caches[0])
+    assert bool(caches[1].any()), "something was written"
+    both = some(rows, 2 * width).to(dtype)
+    torch.testing.assert_close(Fused().gated(both), Plain().gated(both))

@@ -10,7 +10,7 @@ import functools
 import statistics
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +88,27 @@ def measure_costs(
         tree=of("tree"),
         draft=of("draft"),
         draft_first=medians.get(("draft first", 1)),
+    )
+
+
+def together(parts: Sequence[Costs]) -> Costs:
+    """Several measurements of the same passes, spread over a run: the median of each figure."""
+
+    def middle(figures: Sequence[float | None]) -> float | None:
+        known = [figure for figure in figures if figure is not None]
+        return statistics.median(known) if known else None
+
+    def by_rows(name: str) -> dict[int, float]:
+        tables = [getattr(part, name) for part in parts]
+        return {rows: statistics.median(table[rows] for table in tables) for rows in tables[0]}
+
+    return Costs(
+        context=parts[0].context,
+        rounds=sum(part.rounds for part in parts),
+        target=by_rows("target"),
+        tree=by_rows("tree"),
+        draft=by_rows("draft"),
+        draft_first=middle([part.draft_first for part in parts]),
     )
 
 
