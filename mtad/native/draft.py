@@ -37,8 +37,8 @@ class NativeDraft:
             draft: the draft, float32.
             ends: the target's; its head has no bias, as no Llama's has.
             positions: how long a text can become.
-            exact: keep the weights in float32. Else its own are rounded to 4 bits, which cost it
-                no acceptance (docs/log.md), and the head's rows stay in the bits of the target.
+            exact: keep the weights in float32. Else the MLPs are rounded to 4 bits, which takes
+                0.3 % off the overlap with the target, where 4 bits everywhere take 0.9 %.
 
         Raises:
             PairError: its shape is not one that the kernels know.
@@ -50,7 +50,7 @@ class NativeDraft:
         size = config.hidden_size // config.num_heads
         powers = torch.arange(0, size, 2, dtype=torch.float32) / size
         cosines, sines = rotary_tables(1.0 / config.rope_theta**powers, positions)
-        kind, head_kind = (FLOAT32, FLOAT32) if exact else (CODES4, None)
+        kind = FLOAT32 if exact else None
         self.draft = draft
         self.ends = ends
         self.model = NativeModel(
@@ -62,7 +62,8 @@ class NativeDraft:
             eps=NORM_EPS,
             cosines=cosines,
             sines=sines,
-            kinds=(kind, head_kind),
+            kind=kind,
+            mlp_kind=FLOAT32 if exact else CODES4,
         )
         read, join = pack(draft.read.weight, kind), pack(draft.join.weight, kind)
         floats = [norm.detach() for norm in (draft.read_norm, draft.token_norm, draft.state_norm)]

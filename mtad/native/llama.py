@@ -51,7 +51,8 @@ class NativeLlama:
             eps=config.rms_norm_eps,
             cosines=cosines * rotary.attention_scaling,
             sines=sines * rotary.attention_scaling,
-            kinds=(kind, kind),
+            kind=kind,
+            mlp_kind=kind,
         )
 
     def passes(self) -> NativePasses:

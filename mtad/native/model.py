@@ -79,20 +79,20 @@ class NativeModel:
         eps: float,
         cosines: Tensor,  # [P, size / 2]
         sines: Tensor,  # [P, size / 2]
-        kinds: tuple[int | None, int | None] = (None, None),
+        kind: int | None = None,
+        mlp_kind: int | None = None,
     ) -> None:
-        """Packs everything; `kinds` are those that `pack` gets for the layers and for the head."""
-        kind, head_kind = kinds
+        """Packs everything; `kind` and for the MLPs `mlp_kind` are what `pack` gets."""
         self._kept: list[Tensor] = []  # the kernels hold pointers into these
         self.weight_bytes = 0
-        made = [self._layer(layer, kind) for layer in layers]
+        made = [self._layer(layer, kind, mlp_kind) for layer in layers]
         self.width = int(norm.shape[0])
         self.num_layers = len(made)
         self._layers = (library.Layer * len(made))(*made)
         found = {each.kind for one in made for each in (one.qkv, one.out, one.gate_up, one.down)}
         names = {FLOAT32: "float32", CODES4: "int4"}
         self.weights = names.get(found.pop(), "int8") if len(found) == 1 else "int8"
-        packed_head = self._matrix(head, head_kind)
+        packed_head = self._matrix(head, kind)
         size = 2 * int(cosines.shape[1])
         self.head_rows = int(head.shape[0])
         self._kv = (kv_heads, size)
@@ -120,7 +120,9 @@ class NativeModel:
         kv_heads, size = self._kv
         return self.num_layers * texts, kv_heads, slots, size
 
-    def _layer(self, weights: LayerWeights, kind: int | None) -> library.Layer:
+    def _layer(
+        self, weights: LayerWeights, kind: int | None, mlp_kind: int | None
+    ) -> library.Layer:
         # The kernel multiplies 16 gates with the 16 values that it computes next.
         pairs = [part.view(-1, 1, LANES, part.shape[1]) for part in (weights.gate, weights.up)]
         gate_up = torch.cat(pairs, 1).view(-1, weights.gate.shape[1])
@@ -129,8 +131,8 @@ class NativeModel:
             mlp_norm=self._vector(weights.mlp_norm),
             qkv=self._matrix(weights.qkv, kind),
             out=self._matrix(weights.out, kind),
-            gate_up=self._matrix(gate_up, kind),
-            down=self._matrix(weights.down, kind),
+            gate_up=self._matrix(gate_up, mlp_kind),
+            down=self._matrix(weights.down, mlp_kind),
         )
 
     def _matrix(self, weight: Tensor, kind: int | None) -> library.Matrix:
