@@ -48,7 +48,7 @@ measure: $(STAMP)
 # The page's own defaults, so that Run repeats what the recording shows.
 recording: $(STAMP)
 	$(PY) -m mtad fetch
-	$(PY) -m mtad compare "List five things to check before a long train journey." --methods autoregressive,speculative,mtad \
+	$(PY) -m mtad compare "Write a short story about a lighthouse keeper who finds a letter." --methods autoregressive,speculative,mtad \
 		--max-new-tokens 96 --num-draft-tokens auto --json "assets/traces/$(RECORDING).jsonl"
 
 pictures: $(DEV_STAMP)

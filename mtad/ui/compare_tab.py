@@ -34,9 +34,9 @@ from mtad.ui.site import MODEL_SLOT, QUIET, Site, script
 
 DEFAULT_METHODS = ["autoregressive", "speculative", "mtad"]
 EXAMPLES = [
-    "List five things to check before a long train journey.",
-    "Why is the sky blue?",
     "Write a short story about a lighthouse keeper who finds a letter.",
+    "Why is the sky blue?",
+    "List five things to check before a long train journey.",
     "Explain to a ten-year-old how a bicycle stays upright.",
     "Write a Python function that says whether a word is a palindrome.",
 ]
