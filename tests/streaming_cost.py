@@ -30,6 +30,7 @@ from tests.browser import ARGUMENTS, CHROMIUM, ROOT, Visit
 
 PROMPT = "Write a short story about a lighthouse keeper who finds a letter."
 METHODS = ("autoregressive", "mtad")
+TITLES = {"client": "gradio_client", "browser": "a browser on the same cores"}
 FIELDS = {"max_new_tokens": 256, "num_draft_tokens": 4, "ignore_eos": True}
 VIEWER = """
 import sys
@@ -158,11 +159,13 @@ def main() -> None:
     """See the top of the file."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--pairs", type=int, default=12)
+    parser.add_argument("--viewers", nargs="+", choices=TITLES, default=list(TITLES))
     chosen = parser.parse_args()
-    for viewer, title in (("client", "gradio_client"), ("browser", "a browser on the same cores")):
+    for viewer in chosen.viewers:
         found = measure(chosen.pairs, viewer)
         shown = " ".join(f"{ratio:.3f}" for ratio in found)
-        print(f"{title}: median {statistics.median(found):.3f} of {len(found)} pairs: {shown}")
+        median = statistics.median(found)
+        print(f"{TITLES[viewer]}: median {median:.3f} of {len(found)} pairs: {shown}")
 
 
 if __name__ == "__main__":
