@@ -336,6 +336,24 @@ def test_run_replaces_the_recording_and_its_files_parse(
     assert "methods=autoregressive%2Cspeculative%2Cmtad" in page.url
 
 
+def test_one_click_runs_what_the_page_opens_with_in_time(app: str, visit: Any) -> None:
+    one = visit(app)
+    page = one.page
+    page.wait_for_function(
+        "document.querySelector('.mtad-header').dataset.state === 'ready'", timeout=120_000
+    )
+    clicked = time.monotonic()
+    page.click("#mtad-run")
+    page.wait_for_selector(".mtad-board:not(:has(.mtad-recorded)) .mtad-block")
+    first = time.monotonic() - clicked
+    one.wait(60)
+    whole = time.monotonic() - clicked
+    print(f"first token {first:.2f} s, three methods {whole:.2f} s after the click")
+    assert one.states() == ["done", "done", "done"]
+    assert first < 2
+    assert whole < 30
+
+
 def test_auto_is_chosen_from_the_page_and_measured_by_the_runner(
     app: str, visit: Any, tmp_path: Path
 ) -> None:
