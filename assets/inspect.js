@@ -1012,26 +1012,18 @@ function drawRatioChart(chart) {
   });
   nodes.push(...labels);
   // Where no curve runs through the label; above the line's beginning if there is no such place.
+  const ink = chart.curves.flatMap((curve) => along([[x0, y(0)], ...curve.map(point)]));
   const size = chart.line.length * 7.2;
-  const begin = [[x0 + 8, 15], [x0 + 8, -7]];
-  const places = width <= passBox.clientWidth ? [[x1 - 4, 15], [x1 - 4, -7], ...begin] : begin;
-  const free = places.find(([edge, shift]) => {
-    const [from, to] = edge < x1 - 4 ? [edge, edge + size] : [edge - size, edge];
-    const [above, below] = shift > 0 ? [lineY - 2, lineY + 21] : [lineY - 21, lineY + 2];
-    return !chart.curves.some((curve) => {
-      const line = [[x0, y(0)], ...curve.map(point)];
-      return line.slice(1).some(([bx, by], k) => {
-        const [ax, ay] = line[k];
-        for (let part = 0; part <= 24; part += 1) {
-          const [px, py] = [ax + ((bx - ax) * part) / 24, ay + ((by - ay) * part) / 24];
-          if (px >= from - 6 && px <= to + 6 && py >= above && py <= below) return true;
-        }
-        return false;
-      });
-    });
-  });
-  const [labelX, labelShift] = free || [x0 + 8, -7];
-  nodes.push(svg("text", { x: labelX, y: lineY + labelShift, "text-anchor": labelX === x1 - 4 ? "end" : "start", class: "mtad-tau-text" }, chart.line));
+  const left = x0 + 8, right = x1 - 4 - size;
+  const fits = width <= passBox.clientWidth; // or the right end would have to be scrolled to
+  const places = (fits ? [right, left] : [left]).flatMap((x) => [[x, 15], [x, -7]]);
+  const [labelX, shift] =
+    places.find(([x, dy]) => {
+      const [above, below] = dy > 0 ? [lineY - 2, lineY + 21] : [lineY - 21, lineY + 2];
+      return !ink.some(([px, py]) => px >= x - 6 && px <= x + size + 6 && py >= above && py <= below);
+    }) || [left, -7];
+  const atEnd = labelX === right;
+  nodes.push(svg("text", { x: atEnd ? x1 - 4 : left, y: lineY + shift, "text-anchor": atEnd ? "end" : "start", class: "mtad-tau-text" }, chart.line));
   // A dip that a later token rescues: from the last of it to the token that lifts it back.
   if (chart.dips.length) {
     const dip = chart.dips[chart.dips.length - 1];
@@ -1052,6 +1044,15 @@ function drawRatioChart(chart) {
     nodes.push(svg("text", { x: x0 + 8, y: wy + (what > chart.log_tau ? -6 : 15), class: "mtad-point-text" }, "what if τ = " + tauText() + ": accepts " + length));
   }
   pass.chart.replaceChildren(...nodes);
+}
+
+// Points along a polyline, 24 a piece and its end.
+function along(line) {
+  const points = line.slice(1).flatMap(([bx, by], k) => {
+    const [ax, ay] = line[k];
+    return Array.from({ length: 24 }, (_, i) => [ax + ((bx - ax) * i) / 24, ay + ((by - ay) * i) / 24]);
+  });
+  return [...points, line[line.length - 1]];
 }
 
 function drawTestChart(chart) {

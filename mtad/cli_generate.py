@@ -28,9 +28,6 @@ from mtad.errors import ConfigError
 from mtad.terminal import clean, console, header_lines, legend, step_text, summary_lines
 from mtad.trace import Step, Trace
 
-# A terminal that wakes for every step takes time from the decoder.
-_HAND_OVER_SECONDS = 0.05
-
 PairOption = Annotated[str, typer.Option("--pair", help="Models; see `mtad pairs`.")]
 DraftOption = Annotated[
     Path | None,
@@ -96,7 +93,7 @@ def generate(
         check_writable(json_file)
     asked = as_prompt(read_prompt(prompt, prompt_file), system=system, raw=raw)
 
-    from mtad.runner import stream
+    from mtad.runner import READER_SECONDS, stream
 
     models = load(pair, device, dtype, draft)
     out = console(sys.stdout)
@@ -108,7 +105,7 @@ def generate(
             config=config,
             cancel=stop,
             deadline_seconds=deadline,
-            interval_seconds=_HAND_OVER_SECONDS,
+            interval_seconds=READER_SECONDS,
         )
         trace = _print_events(events, out, show=show)
     if json_file is not None:

@@ -41,6 +41,9 @@ from mtad.text import encode_prompt
 from mtad.trace import Decision, Step, StopReason, Trace
 from mtad.version import __version__
 
+# For `interval_seconds` where a person reads: nobody sees more, and waking up for every step costs
+# a fast decoder several per cent.
+READER_SECONDS = 0.05
 _LOCK_POLL_SECONDS = 0.05
 
 _locks: dict[str, threading.Lock] = {}
@@ -195,9 +198,9 @@ class _Run:
         self._meter = meter
         self._session = session
         self._interval_seconds = interval_seconds
-        self._bunch: list[Step] = []  # not handed over yet
+        self._bunch: list[Step | Trace | BaseException] = []  # not handed over yet
         self._handed_over_at = -math.inf
-        self._queue: queue.SimpleQueue[list[Step] | Trace | BaseException] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[Step | Trace | BaseException]] = queue.SimpleQueue()
 
     def events(self) -> Iterator[Step | Trace]:
         """Runs the worker and hands on what it reports."""
@@ -208,13 +211,12 @@ class _Run:
         worker.start()
         try:
             while True:
-                event = self._queue.get()
-                if isinstance(event, BaseException):
-                    raise event
-                if isinstance(event, Trace):
+                for event in self._queue.get():
+                    if isinstance(event, BaseException):
+                        raise event
                     yield event
-                    return
-                yield from event
+                    if isinstance(event, Trace):
+                        return
         finally:
             self._closed.set()
             worker.join()
@@ -261,21 +263,20 @@ class _Run:
                 self._check()
             try:
                 with torch.inference_mode():
-                    trace = self._decode()
-                self._hand_over()
-                self._queue.put(trace)
+                    self._report(self._decode())
             finally:
                 lock.release()
         except BaseException as error:  # handed to the thread that waits, which raises it
-            self._hand_over()
-            self._queue.put(error)
+            self._report(error)
 
-    def _hand_over(self) -> None:
-        """Gives the reader the Steps that wait."""
-        if self._bunch:
-            self._queue.put(self._bunch)
-        self._bunch = []
-        self._handed_over_at = time.perf_counter()
+    def _report(self, event: Step | Trace | BaseException) -> None:
+        """Hands an event over, and what waits; a Step waits until the interval is over."""
+        self._bunch.append(event)
+        now = time.perf_counter()
+        if isinstance(event, Step) and now - self._handed_over_at < self._interval_seconds:
+            return
+        self._queue.put(self._bunch)
+        self._bunch, self._handed_over_at = [], now
 
     def _decode(self) -> Trace:
         pair, device = self.pair, self.pair.device
@@ -346,9 +347,7 @@ class _Run:
         try:
             for decision in decisions:
                 step = scribe.write(decision)
-                self._bunch.append(step)
-                if time.perf_counter() - self._handed_over_at >= self._interval_seconds:
-                    self._hand_over()
+                self._report(step)
                 if scribe.stopped:
                     return "stop"
         except DeadlineExceeded:

@@ -83,6 +83,9 @@ def server(*command: str, port: int | None = None, **variables: str) -> Iterator
         process.communicate(timeout=30)
 
 
+TABS = ("Compare", "Chat", "Inspect", "Trade-off", "Method")
+
+
 class Visit:
     """A page, and everything that must not happen on it."""
 
@@ -109,6 +112,10 @@ class Visit:
         self.requests.append(url)
         if not url.startswith((address, "data:", "blob:")):
             self.problems.append(f"request to {url}")
+
+    def wait_for_pair(self) -> None:
+        """Returns when the header says what runs the loaded pair."""
+        self.page.locator(".mtad-device", has_text="engine").wait_for(timeout=120_000)
 
     def set(self, **fields: object) -> None:
         """Opens the drawer, types values into its number fields and sets its ticks."""

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import urlencode
 
 import gradio as gr
 
@@ -128,9 +129,9 @@ def with_browser(pairs: int, loader: PairLoader, traces: Traces) -> list[float]:
     _, address, _ = page.launch(**options)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        query = "&".join(f"{name}={str(value).lower()}" for name, value in FIELDS.items())
-        link = f"{address}?methods={','.join(METHODS)}&prompt={PROMPT.replace(' ', '+')}&{query}"
-        one = Visit(browser.new_page(), link)
+        fields = {name: str(value).lower() for name, value in FIELDS.items()}
+        asked = {"prompt": PROMPT, "methods": ",".join(METHODS), **fields}
+        one = Visit(browser.new_page(), f"{address}?{urlencode(asked)}")
 
         def watched() -> None:
             one.page.click("#mtad-run:enabled")

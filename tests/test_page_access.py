@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.browser import Visit
+from tests.browser import TABS, Visit
 from tests.test_ui import HOSTILE
 
 axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
 
-TABS = ("Compare", "Chat", "Inspect", "Trade-off", "Method")
 WIDTHS = (360, 768, 1440)
 # By tab, what the Tab key must come to; arrows go on from there.
 REACHED = {

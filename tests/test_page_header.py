@@ -9,9 +9,9 @@ import pytest
 
 from mtad.presets import presets
 from mtad.ui.limits import HOSTED
-from tests.browser import server
+from tests.browser import TABS, server
 
-TABS = ("Compare", "Chat", "Inspect", "Trade-off", "Method")
+PAIR = "SmolLM2-135M-Instruct"
 ABSENT = "smollm2-1.7b-instruct"
 pytestmark = pytest.mark.timeout(300)
 
@@ -29,19 +29,13 @@ def hosted() -> Iterator[str]:
         yield address
 
 
-def wait_for_pair(page: Any) -> None:
-    page.wait_for_function(
-        "document.querySelector('.mtad-pair').textContent.includes('SmolLM2-135M-Instruct')",
-        timeout=120_000,
-    )
-
-
 def test_it_stands_on_every_tab(app: str, visit: Any) -> None:
-    page = visit(app).page
-    wait_for_pair(page)
+    one = visit(app)
+    page = one.page
+    one.wait_for_pair()
     for name in TABS:
         page.get_by_role("tab", name=name).click()
-        assert page.locator(".mtad-pair").is_visible()
+        assert PAIR in page.locator(".mtad-pair:visible").inner_text()
         assert page.locator(".mtad-device").is_visible()
         assert page.get_by_role("tab", name=name).get_attribute("aria-selected") == "true"
 
@@ -49,7 +43,7 @@ def test_it_stands_on_every_tab(app: str, visit: Any) -> None:
 def test_a_pair_that_cannot_be_loaded_changes_nothing(offline: str, visit: Any) -> None:
     one = visit(offline)
     page = one.page
-    wait_for_pair(page)
+    one.wait_for_pair()
     menu = page.get_by_label("Pair")
     page.wait_for_function(
         "document.querySelectorAll('.mtad-pair-choice option:not(:disabled)').length > 1"
@@ -65,7 +59,7 @@ def test_a_pair_that_cannot_be_loaded_changes_nothing(offline: str, visit: Any) 
     failure = page.locator(".mtad-pair-next.mtad-failed")
     failure.wait_for(timeout=60_000)
     assert "SmolLM2-1.7B-Instruct" in failure.inner_text()
-    wait_for_pair(page)
+    assert PAIR in page.inner_text(".mtad-pair")
     page.wait_for_function("document.querySelector('.mtad-pair-choice select').value === 'smollm2'")
     one.set(max_new_tokens=4)
     one.run()
@@ -76,7 +70,8 @@ def test_a_pair_that_cannot_be_loaded_changes_nothing(offline: str, visit: Any) 
 def test_a_page_for_strangers(hosted: str, visit: Any) -> None:
     one = visit(hosted)
     page = one.page
-    wait_for_pair(page)
+    one.wait_for_pair()
+    assert PAIR in page.inner_text(".mtad-pair")
     assert f"at most {HOSTED.max_new_tokens} tokens" in page.inner_text(".mtad-pair-notes")
     assert page.locator(".mtad-pair-choice").is_hidden()
     one.set(max_new_tokens=HOSTED.max_new_tokens + 1)

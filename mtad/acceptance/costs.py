@@ -94,21 +94,18 @@ def measure_costs(
 def together(parts: Sequence[Costs]) -> Costs:
     """Several measurements of the same passes, spread over a run: the median of each figure."""
 
-    def middle(figures: Sequence[float | None]) -> float | None:
-        known = [figure for figure in figures if figure is not None]
-        return statistics.median(known) if known else None
-
     def by_rows(name: str) -> dict[int, float]:
         tables = [getattr(part, name) for part in parts]
         return {rows: statistics.median(table[rows] for table in tables) for rows in tables[0]}
 
+    first_steps = [part.draft_first for part in parts if part.draft_first is not None]
     return Costs(
         context=parts[0].context,
         rounds=sum(part.rounds for part in parts),
         target=by_rows("target"),
         tree=by_rows("tree"),
         draft=by_rows("draft"),
-        draft_first=middle([part.draft_first for part in parts]),
+        draft_first=statistics.median(first_steps) if first_steps else None,
     )
 
 

@@ -62,8 +62,8 @@ class NativeDraft:
             eps=NORM_EPS,
             cosines=cosines,
             sines=sines,
-            kind=kind,
-            mlp_kind=FLOAT32 if exact else CODES4,
+            exact=exact,
+            mlp_kind=CODES4,
         )
         read, join = pack(draft.read.weight, kind), pack(draft.join.weight, kind)
         floats = [norm.detach() for norm in (draft.read_norm, draft.token_norm, draft.state_norm)]

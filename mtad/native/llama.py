@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from mtad.eager import Output
 from mtad.errors import PairError
 from mtad.native.model import LayerWeights, NativeModel
-from mtad.native.packing import FLOAT32, LANES, fits
+from mtad.native.packing import LANES, fits
 from mtad.native.rows import NATIVE_SEARCH
 
 
@@ -38,7 +38,6 @@ class NativeLlama:
         if reason:
             raise PairError(reason)
         config = model.config
-        kind = FLOAT32 if exact else None
         rotary = model.model.rotary_emb
         cosines, sines = rotary_tables(rotary.inv_freq, config.max_position_embeddings)
         self.embedding: Tensor = model.get_input_embeddings().weight.detach()
@@ -51,8 +50,7 @@ class NativeLlama:
             eps=config.rms_norm_eps,
             cosines=cosines * rotary.attention_scaling,
             sines=sines * rotary.attention_scaling,
-            kind=kind,
-            mlp_kind=kind,
+            exact=exact,
         )
 
     def passes(self) -> NativePasses:

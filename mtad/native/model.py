@@ -79,19 +79,20 @@ class NativeModel:
         eps: float,
         cosines: Tensor,  # [P, size / 2]
         sines: Tensor,  # [P, size / 2]
-        kind: int | None = None,
+        exact: bool = False,
         mlp_kind: int | None = None,
     ) -> None:
-        """Packs everything; `kind` and for the MLPs `mlp_kind` are what `pack` gets."""
+        """Packs everything: `exact` in float32, else the MLPs as `pack` does with `mlp_kind`."""
+        kind = FLOAT32 if exact else None
+        mlp_kind = FLOAT32 if exact else mlp_kind
         self._kept: list[Tensor] = []  # the kernels hold pointers into these
         self.weight_bytes = 0
         made = [self._layer(layer, kind, mlp_kind) for layer in layers]
         self.width = int(norm.shape[0])
         self.num_layers = len(made)
         self._layers = (library.Layer * len(made))(*made)
-        found = {each.kind for one in made for each in (one.qkv, one.out, one.gate_up, one.down)}
-        names = {FLOAT32: "float32", CODES4: "int4"}
-        self.weights = names.get(found.pop(), "int8") if len(found) == 1 else "int8"
+        kinds = {each.kind for one in made for each in (one.qkv, one.out, one.gate_up, one.down)}
+        self.weights = "float32" if exact else "int4" if kinds == {CODES4} else "int8"
         packed_head = self._matrix(head, kind)
         size = 2 * int(cosines.shape[1])
         self.head_rows = int(head.shape[0])

@@ -21,15 +21,11 @@ MODEL_SLOT = "model"
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
 
-# Nobody reads faster, and waking up for every step would cost the decoder several per cent.
-HAND_OVER_SECONDS = 0.05
-
-
 def library_stream(*args: Any, **kwargs: Any) -> Iterator[Step | Trace]:
     """`mtad.runner.stream`, imported when it is first needed: the page opens without torch."""
-    from mtad.runner import stream
+    from mtad.runner import READER_SECONDS, stream
 
-    return stream(*args, interval_seconds=HAND_OVER_SECONDS, **kwargs)
+    return stream(*args, interval_seconds=READER_SECONDS, **kwargs)
 
 
 @dataclass(frozen=True)
