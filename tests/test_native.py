@@ -182,26 +182,36 @@ def test_in_float32_logits_and_states_are_those_of_transformers(changes: dict[st
     assert found.hidden is not None and torch.allclose(found.hidden, states, atol=1e-4)
 
 
+@pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("exact", [True, False], ids=["float32", "8 bits"])
-def test_chain_tree_and_token_by_token_agree_to_the_bit(exact: bool) -> None:
+@pytest.mark.parametrize("size", [23, 67, 150])
+def test_chain_tree_and_token_by_token_agree_to_the_bit(
+    exact: bool, size: int, build: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = library.load(BUILDS[build])
+    monkeypatch.setattr(library, "load", lambda: kernels)
+    monkeypatch.setattr(library, "_of_thread", threading.local())
     llama = NativeLlama(tiny_llama(), exact=exact)
-    text = torch.randint(VOCABULARY, (23,))
+    text = torch.randint(VOCABULARY, (size,))
     whole = CachedLM(llama).forward(text).logits
     single, grown = CachedLM(llama), CachedLM(llama)
-    for place in range(23):
+    for place in range(size):
         assert torch.equal(single.forward(text[place : place + 1]).logits[0], whole[place])
         single.keep(1)
-    # The last four tokens as a path of a tree among other nodes, in two calls, kept, and gone on.
-    grown.prefill(text[:18])
+    # Three tokens as a path of a tree among other nodes, in two calls, kept, and gone on. Where 64
+    # slots are attended to at a time, the path of the second size lies on both sides of the line.
+    start = size - 5
+    grown.prefill(text[:start])
     others = torch.randint(VOCABULARY, (5,))
-    nodes = torch.stack([others[0], text[18], text[19], others[1], others[2]])
+    nodes = torch.stack([others[0], text[start], text[start + 1], others[1], others[2]])
     first = grown.forward(nodes, torch.tensor([-1, -1, 1, 0, 1]), levels=2).logits
     second = grown.forward(
-        torch.stack([others[3], text[20], others[4]]), torch.tensor([4, 2, 2]), levels=1
+        torch.stack([others[3], text[start + 2], others[4]]), torch.tensor([4, 2, 2]), levels=1
     ).logits
-    assert torch.equal(torch.stack([first[1], first[2], second[1]]), whole[18:21])
+    path = torch.stack([first[1], first[2], second[1]])
+    assert torch.equal(path, whole[start : start + 3])
     grown.keep(torch.tensor([1, 2, 6]))
-    assert torch.equal(grown.forward(text[21:]).logits, whole[21:])
+    assert torch.equal(grown.forward(text[start + 3 :]).logits, whole[start + 3 :])
     grown.rollback(10)
     assert torch.equal(grown.forward(text[10:]).logits, whole[10:])
 

@@ -1,7 +1,8 @@
 """What the passes of a pair cost on this machine, measured in turns.
 
 The draft is driven as a decoder drives it: prefill, steps, a verified block of which two tokens
-are kept, the next steps. So a draft that reads accepted tokens again pays for that here.
+are kept, the next steps. So a draft that reads accepted tokens again pays for that here, and one
+whose weights come back into the processor's caches step by step gets what that saves.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from mtad.runner import decoding, device_lock
 CONTEXT_TOKENS = 200
 ROUNDS = 15
 _ACCEPTED = 2
+_LATER_STEPS = 5  # of a block, behind its first one
 
 # Seconds of each round
 Times = dict[Pass, list[float]]
@@ -58,10 +60,11 @@ def measure_costs(
         Cancelled: it was stopped.
         PairError: the context of the pair is too short for such passes.
     """
-    # A round appends the accepted tokens and the one after them; one round warms up.
+    # A block appends the accepted tokens and the one after them; one round warms up.
     wanted = {ONE_TOKEN, *(passes if pair.draft is not None else ())}
     longest = max(rows for _, rows in wanted)
-    room = pair.context_length - longest - (rounds + 2) * (_ACCEPTED + 1)
+    blocks = sum(kind == "draft" for kind, _ in wanted)
+    room = pair.context_length - longest - (rounds + 2) * blocks * (_ACCEPTED + 1)
     context = min(CONTEXT_TOKENS, room)
     if context < 2:
         raise PairError(
@@ -117,19 +120,21 @@ class _Timer:
         self._device = device
         self._cancel = cancel
 
-    def __call__(self, what: str, rows: int, call: Callable[[], Any]) -> Any:
+    def __call__(self, what: str, rows: int, call: Callable[[], Any], steps: int = 1) -> Any:
+        """Calls it and notes the seconds of one of its `steps` steps."""
         if self._cancel is not None and self._cancel.is_set():
             raise Cancelled("The measurement was stopped.")
         synchronize(self._device)
         start = time.perf_counter()
         result = call()
         synchronize(self._device)
-        self.times.setdefault((what, rows), []).append(time.perf_counter() - start)
+        seconds = (time.perf_counter() - start) / steps
+        self.times.setdefault((what, rows), []).append(seconds)
         return result
 
 
 class _Bench:
-    """A pair in the middle of an answer, which goes on by three tokens a round."""
+    """A pair in the middle of an answer, which goes on by three tokens a block."""
 
     def __init__(
         self, pair: ModelPair, context: int, passes: set[Pass], beam_width: int, timer: _Timer
@@ -168,8 +173,9 @@ class _Bench:
             proposal = self._tree(rows - 1) if kind == "tree" else self._block(rows - 1)
             timer(kind, rows, functools.partial(state.verify, proposal))
             state.target.keep(0)
-        if state.draft is not None:
-            self._draft(state.draft)
+        for rows in self._draft_rows:
+            if state.draft is not None:
+                self._draft(state.draft, rows)
 
     def _block(self, length: int) -> Proposal:
         tokens = self._tokens(length)
@@ -189,7 +195,7 @@ class _Bench:
             chain=False,
         )
 
-    def _draft(self, draft: Drafter) -> None:
+    def _draft(self, draft: Drafter, rows: int) -> None:
         """A block of which two tokens are accepted, settled as `State` does it."""
         timer, state = self._timer, self._state
         waiting = state.draft_pending.shape[0]
@@ -198,15 +204,21 @@ class _Bench:
             self._settle()
             draft.next_logits(state.draft_pending)
 
-        timer("draft first", 1, first_step)
-        token = self._tokens(1)
-        timer("draft", 1, functools.partial(draft.next_logits, token))
-        for rows in self._draft_rows:
-            if rows == 1:
-                continue
-            beams = self._tokens(rows)
+        token, beams = self._tokens(1), self._tokens(rows)
+
+        def later_steps() -> None:
             above = torch.full_like(beams, waiting - 1)
-            timer("draft", rows, functools.partial(draft.next_logits, beams, above))
+            for step in range(_LATER_STEPS):
+                draft.next_logits(beams, above)
+                above = torch.arange(rows, device=self._device) + waiting + step * rows
+
+        def later_steps_of_a_chain() -> None:
+            for _ in range(_LATER_STEPS):
+                draft.next_logits(token)
+
+        timer("draft first", 1, first_step)
+        steps = later_steps_of_a_chain if rows == 1 else later_steps
+        timer("draft", rows, steps, _LATER_STEPS)
         block = self._block(_ACCEPTED)
         state.verify(block)
         state.target.keep(1 + _ACCEPTED)

@@ -10,8 +10,8 @@
  * integers. A row's result does not depend on the other rows of a pass, nor on slots of the cache
  * that it may not see, to the bit: every sum runs in one fixed order.
  *
- * Compiled for the machine that it runs on. AVX-512 VNNI, AVX2 and dot products of NEON have their
- * own inner product; everything else is plain C over vectors of sixteen lanes. Knows tensors
+ * Compiled for the machine that it runs on, with vectors as wide as it has them. AVX-512 VNNI, AVX2
+ * and dot products of NEON have their own inner product; everything else is plain C. Knows tensors
  * as pointers and nothing of Python; see `mtad.native.library` for the calls. */
 
 #include <float.h>
@@ -29,17 +29,37 @@
 #include <arm_neon.h>
 #endif
 
-#define LANES 16  /* output rows of a block, computed side by side */
-#define GROUP 32  /* columns that share a scale */
-#define TILE 6    /* input rows that share one reading of a block */
-#define QUERIES 4 /* query rows that share one reading of the keys */
-#define AHEAD 4096 /* bytes of weights between what is used and what is asked for */
+/* Bytes of a vector, and how many of them a sum over values keeps: what the registers hold. */
+#if defined(__AVX512VNNI__)
+#define VECTOR 64
+#define WIDE 4
+#elif defined(__AVX2__)
+#define VECTOR 32
+#define WIDE 2
+#else
+#define VECTOR 16
+#define WIDE 4
+#endif
 
-typedef float floats __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef int8_t codes __attribute__((vector_size(64)));
+#define LANES (VECTOR / 4)
+#define BLOCK 16  /* output rows, or slots of keys, that are stored side by side */
+#define GROUP 32  /* columns that share a scale */
+#define TILE 12   /* input rows that share one reading of a block */
+#define QUERIES 4 /* query rows that share one reading of the keys */
+#define CHUNK 64  /* of the slots that a row sees, how many it attends to at a time */
+#define AHEAD 4096 /* bytes of weights between what is used and what is asked for */
+#define OWN_VALUES 8192 /* of an input that every thread makes for itself */
+#define SPLIT_ROWS 32 /* rows whose attention is shared out by parts of the cache */
+#define APART 16  /* counters from one thread's to the next one's: a cache line */
+
+typedef float floats __attribute__((vector_size(VECTOR)));
+typedef int32_t ints __attribute__((vector_size(VECTOR)));
+typedef int8_t codes __attribute__((vector_size(VECTOR)));
+typedef uint16_t words __attribute__((vector_size(VECTOR)));
+typedef int8_t bytes __attribute__((vector_size(LANES)));
 typedef floats loose_floats __attribute__((aligned(4)));
 typedef codes loose_codes __attribute__((aligned(1)));
+typedef ints loose_ints __attribute__((aligned(4)));
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -101,7 +121,10 @@ typedef struct {
     float *sums;     /* [rows, columns / 32] scale × sum of the codes */
     int32_t *totals; /* [rows, columns / 32] sum of the codes */
     int32_t columns;
+    size_t apart;    /* bytes from one thread's own to the next one's; 0 where all share one */
 } Input;
+
+struct Seat;
 
 typedef struct {
     int threads;
@@ -113,12 +136,18 @@ typedef struct {
     _Atomic uint32_t job; /* counts the calls */
     _Atomic int32_t arrived;
     _Atomic uint32_t phase;
-    _Atomic int32_t next; /* first item of the present loop that nobody has taken */
-    void (*work)(void *context, int thread, void *argument);
+    _Atomic int32_t *next; /* of each thread's items in the present loop, how many are taken */
+    void (*work)(const struct Seat *seat, void *argument);
     void *argument;
     size_t size; /* of the scratch memory */
     char *scratch;
 } Context;
+
+/* A thread's place among those of a context. */
+typedef struct Seat {
+    Context *all;
+    int thread;
+} Seat;
 
 /* ---- threads ------------------------------------------------------------------------------ */
 
@@ -133,12 +162,18 @@ INLINE void relax(void) {
 #endif
 }
 
-/* All threads meet here; the last one makes the loop counter ready for the next loop. */
-static void meet(Context *c) {
+static void rewind_loop(Context *c) {
+    for (int t = 0; t < c->threads; t++)
+        atomic_store_explicit(&c->next[t * APART], 0, memory_order_relaxed);
+}
+
+/* All threads meet here; the last one makes the counters ready for the next loop. */
+static void meet(const Seat *s) {
+    Context *c = s->all;
     uint32_t phase = atomic_load_explicit(&c->phase, memory_order_acquire);
     if (atomic_fetch_add_explicit(&c->arrived, 1, memory_order_acq_rel) + 1 == c->threads) {
         atomic_store_explicit(&c->arrived, 0, memory_order_relaxed);
-        atomic_store_explicit(&c->next, 0, memory_order_relaxed);
+        rewind_loop(c);
         atomic_store_explicit(&c->phase, phase + 1, memory_order_release);
         return;
     }
@@ -148,32 +183,41 @@ static void meet(Context *c) {
     }
 }
 
-/* The next items of a loop over `count`: many while much is left, single ones at the end. */
-static int take(Context *c, int count, int *end) {
-    int32_t start = atomic_load_explicit(&c->next, memory_order_relaxed);
-    for (;;) {
-        if (start >= count) return -1;
-        int size = (count - start) / (2 * c->threads);
-        *end = start + (size > 0 ? size : 1);
-        if (atomic_compare_exchange_weak_explicit(
-                &c->next, &start, *end, memory_order_relaxed, memory_order_relaxed))
-            return start;
-    }
+/* Where a thread's part of a loop over `count` begins. */
+INLINE int part_start(const Context *c, int count, int thread) {
+    return (int)((int64_t)count * thread / c->threads);
 }
 
-#define PARALLEL(c, count)                                              \
-    for (int start_, end_; (start_ = take(c, count, &end_)) >= 0;)      \
-        for (int item = start_; item < end_; item++)
+/* The next items of a loop over `count`. Each thread walks through a part of its own, in order, so
+ * that what it reads lies in a row; then it helps where something is left. */
+static int take(const Seat *s, int count, int *end) {
+    Context *c = s->all;
+    for (int i = 0; i < c->threads; i++) {
+        const int owner = (s->thread + i) % c->threads;
+        const int first = part_start(c, count, owner);
+        const int size = part_start(c, count, owner + 1) - first;
+        _Atomic int32_t *next = &c->next[owner * APART];
+        int32_t taken = atomic_load_explicit(next, memory_order_relaxed);
+        while (taken < size) {
+            const int more = taken + 1 + (size - taken) / 4;
+            if (!atomic_compare_exchange_weak_explicit(
+                    next, &taken, more, memory_order_relaxed, memory_order_relaxed))
+                continue;
+            *end = first + more;
+            return first + taken;
+        }
+    }
+    return -1;
+}
 
-typedef struct {
-    Context *context;
-    int thread;
-} Seat;
+#define PARALLEL(seat, count)                                           \
+    for (int start_, end_; (start_ = take(seat, count, &end_)) >= 0;)   \
+        for (int item = start_; item < end_; item++)
 
 static void *worker(void *seat_) {
     Seat seat = *(Seat *)seat_;
     free(seat_);
-    Context *c = seat.context;
+    Context *c = seat.all;
     uint32_t done = 0;
     for (;;) {
         for (int spins = 0; atomic_load_explicit(&c->job, memory_order_acquire) == done;) {
@@ -188,8 +232,8 @@ static void *worker(void *seat_) {
         }
         done++;
         if (c->stop) return NULL;
-        c->work(c, seat.thread, c->argument);
-        meet(c);
+        c->work(&seat, c->argument);
+        meet(&seat);
     }
 }
 
@@ -201,13 +245,14 @@ static void announce(Context *c) {
 }
 
 /* Runs `work` on all threads and returns when all have ended. One call at a time. */
-static void run(Context *c, void (*work)(void *, int, void *), void *argument) {
+static void run(Context *c, void (*work)(const Seat *, void *), void *argument) {
+    const Seat first = {c, 0};
     c->work = work;
     c->argument = argument;
-    atomic_store_explicit(&c->next, 0, memory_order_relaxed);
+    rewind_loop(c);
     if (c->threads > 1) announce(c);
-    work(c, 0, argument);
-    meet(c);
+    work(&first, argument);
+    meet(&first);
 }
 
 void mtad_close(Context *c) {
@@ -218,6 +263,7 @@ void mtad_close(Context *c) {
     pthread_mutex_destroy(&c->lock);
     pthread_cond_destroy(&c->wake);
     free(c->workers);
+    free((void *)c->next);
     free(c->scratch);
     free(c);
 }
@@ -228,9 +274,11 @@ Context *mtad_open(int threads) {
     if (!c) return NULL;
     c->threads = 1;
     c->workers = calloc((size_t)threads, sizeof *c->workers);
+    c->next = calloc((size_t)threads * APART, sizeof *c->next);
     pthread_mutex_init(&c->lock, NULL);
     pthread_cond_init(&c->wake, NULL);
-    for (int i = 1; c->workers && i < threads; i++) {
+    const int room = c->workers && c->next;
+    for (int i = 1; room && i < threads; i++) {
         Seat *seat = malloc(sizeof *seat);
         if (!seat) break;
         *seat = (Seat){c, i};
@@ -240,7 +288,7 @@ Context *mtad_open(int threads) {
         }
         c->threads++;
     }
-    if (c->threads == threads) return c;
+    if (room && c->threads == threads) return c;
     mtad_close(c);
     return NULL;
 }
@@ -258,16 +306,42 @@ INLINE floats pick(ints mask, floats yes, floats no) {
 
 INLINE floats larger(floats a, floats b) { return pick(a > b, a, b); }
 
+/* Every lane changes places with the one `by` (a power of two) away; compilers make an instruction
+ * of it, unlike of single lanes. */
+#define TURN_FOUR(by, i) (i) ^ (by), (i + 1) ^ (by), (i + 2) ^ (by), (i + 3) ^ (by)
+#if VECTOR == 64
+#define TURNED(by) TURN_FOUR(by, 0), TURN_FOUR(by, 4), TURN_FOUR(by, 8), TURN_FOUR(by, 12)
+#elif VECTOR == 32
+#define TURNED(by) TURN_FOUR(by, 0), TURN_FOUR(by, 4)
+#else
+#define TURNED(by) TURN_FOUR(by, 0)
+#endif
+#if defined(__clang__)
+#define TURN(x, by) __builtin_shufflevector(x, x, TURNED(by))
+#else
+#define TURN(x, by) __builtin_shuffle(x, (ints){TURNED(by)})
+#endif
+
 INLINE float lane_sum(floats x) {
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) x[i] += x[i + width];
-    return x[0];
+#if VECTOR >= 64
+    x += TURN(x, 8);
+#endif
+#if VECTOR >= 32
+    x += TURN(x, 4);
+#endif
+    x += TURN(x, 2);
+    return x[0] + x[1];
 }
 
 INLINE float lane_maximum(floats x) {
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
-    return x[0];
+#if VECTOR >= 64
+    x = larger(x, TURN(x, 8));
+#endif
+#if VECTOR >= 32
+    x = larger(x, TURN(x, 4));
+#endif
+    x = larger(x, TURN(x, 2));
+    return x[0] > x[1] ? x[0] : x[1];
 }
 
 INLINE float half_to_float(uint16_t bits) {
@@ -283,8 +357,12 @@ INLINE float half_to_float(uint16_t bits) {
 }
 
 INLINE floats load_halves(const uint8_t *from) {
-#if defined(__AVX512F__)
+#if VECTOR == 64
     return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)from));
+#elif defined(__AVX2__) && defined(__F16C__)
+    return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const void *)from));
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return (floats)vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(from)));
 #else
     const uint16_t *bits = (const uint16_t *)from;
     floats value;
@@ -314,52 +392,31 @@ INLINE floats exponential(floats x) {
 
 /* ---- products ----------------------------------------------------------------------------- */
 
-/* acc[lane] += Σ_i part[4·lane + i] · four[i]; `part` holds 0 … 15. */
-INLINE ints dot_small(ints acc, codes part, int32_t four) {
+INLINE int32_t load_four(const int8_t *from) {
+    int32_t four;
+    memcpy(&four, from, 4);
+    return four;
+}
+
+/* acc[lane] + Σ_i part[4·lane + i] · four[i], with −127 … 127 in both. On VNNI `part` has 128 added
+ * to it, which `begin_dot` takes back. */
+INLINE ints dot(ints acc, codes part, int32_t four) {
 #if defined(__AVX512VNNI__)
     return (ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)part, _mm512_set1_epi32(four));
 #elif defined(__AVX2__)
-    __m256i x = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1), half[2], sums[2];
-    memcpy(half, &part, 64);
-    memcpy(sums, &acc, 64);
-    for (int i = 0; i < 2; i++)
-        sums[i] = _mm256_add_epi32(
-            sums[i], _mm256_madd_epi16(_mm256_maddubs_epi16(half[i], x), ones));
-    memcpy(&acc, sums, 64);
-    return acc;
+    const __m256i size = _mm256_abs_epi8((__m256i)part);
+    const __m256i turned = _mm256_sign_epi8(_mm256_set1_epi32(four), (__m256i)part);
+    const __m256i pairs = _mm256_maddubs_epi16(size, turned);
+    return acc + (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #elif defined(__ARM_FEATURE_DOTPROD)
-    int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(four)), quarter[4];
-    int32x4_t sums[4];
-    memcpy(quarter, &part, 64);
-    memcpy(sums, &acc, 64);
-    for (int i = 0; i < 4; i++) sums[i] = vdotq_s32(sums[i], quarter[i], x);
-    memcpy(&acc, sums, 64);
-    return acc;
+    int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(four));
+    return (ints)vdotq_s32((int32x4_t)acc, (int8x16_t)part, x);
 #else
     int8_t x[4];
     memcpy(x, &four, 4);
     for (int lane = 0; lane < LANES; lane++)
         for (int i = 0; i < 4; i++) acc[lane] += part[4 * lane + i] * x[i];
     return acc;
-#endif
-}
-
-/* The same with −127 … 127 in `part`. On VNNI `part` has 128 added to it, which `begin_dot`
- * takes back. */
-INLINE ints dot_signed(ints acc, codes part, int32_t four) {
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
-    __m256i x = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1), half[2], sums[2];
-    memcpy(half, &part, 64);
-    memcpy(sums, &acc, 64);
-    for (int i = 0; i < 2; i++) {
-        __m256i pairs =
-            _mm256_maddubs_epi16(_mm256_abs_epi8(half[i]), _mm256_sign_epi8(x, half[i]));
-        sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, ones));
-    }
-    memcpy(&acc, sums, 64);
-    return acc;
-#else
-    return dot_small(acc, part, four);
 #endif
 }
 
@@ -372,10 +429,20 @@ INLINE ints begin_dot(int32_t total) {
 #endif
 }
 
-INLINE int32_t load_four(const int8_t *from) {
-    int32_t four;
-    memcpy(&four, from, 4);
-    return four;
+/* Σ over a group, whose parts hold 0 … 15. */
+INLINE ints dot_small(const codes *part, const int8_t *x) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+    __m256i pairs = _mm256_setzero_si256(); /* 16 · 15 · 127 fits 16 bits */
+    for (int j = 0; j < 8; j++) {
+        const __m256i four = _mm256_set1_epi32(load_four(x + 4 * j));
+        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16((__m256i)part[j], four));
+    }
+    return (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+    ints acc = {0};
+    for (int j = 0; j < 8; j++) acc = dot(acc, part[j], load_four(x + 4 * j));
+    return acc;
+#endif
 }
 
 /* Asks for the weights of a group some groups ahead: memory is slower than the products. */
@@ -383,54 +450,53 @@ INLINE void fetch(const uint8_t *data, const int bytes) {
     for (int i = 0; i < bytes; i += 64) __builtin_prefetch(data + AHEAD + i);
 }
 
-/* Sixteen outputs of `rows` inputs from `row` on; `rows` is a constant at every call. */
-INLINE void block(const Matrix *m, const uint8_t *data, const Input *in, int row, const int rows,
-                  floats *out) {
+/* The outputs of piece `piece` of a block for `rows` inputs from `row` on; `rows` is a constant at
+ * every call. */
+INLINE void block(const Matrix *m, const uint8_t *data, int piece, const Input *in, int row,
+                  const int rows, floats *out) {
     floats sum[TILE]; /* not `out`, which the compiler would write back at every step */
     const int columns = m->columns, groups = columns / GROUP;
     for (int r = 0; r < rows; r++) sum[r] = (floats){0};
     if (m->kind == FLOAT32) {
-        const float *weight = (const float *)data;
+        const float *weight = (const float *)data + piece * LANES;
         for (int k = 0; k < columns; k++) {
-            floats w = load_floats(weight + (size_t)k * LANES);
+            floats w = load_floats(weight + (size_t)k * BLOCK);
             for (int r = 0; r < rows; r++) sum[r] += w * in->values[(size_t)(row + r) * columns + k];
         }
     } else if (m->kind == CODES8) {
         for (int g = 0; g < groups; g++, data += 8 * 64 + 32) {
             codes part[8];
-            fetch(data, 8 * 64 + 32);
+            if (piece == 0) fetch(data, 8 * 64 + 32);
             for (int j = 0; j < 8; j++) {
-                part[j] = *(const loose_codes *)(data + 64 * j);
+                part[j] = *(const loose_codes *)(data + 64 * j + piece * VECTOR);
 #if defined(__AVX512VNNI__)
                 part[j] ^= (int8_t)-128;
 #endif
             }
-            floats scale = load_halves(data + 512);
+            floats scale = load_halves(data + 512 + piece * LANES * 2);
             for (int r = 0; r < rows; r++) {
                 size_t at = (size_t)(row + r) * groups + g;
                 const int8_t *x = in->codes + at * GROUP;
                 ints acc = begin_dot(in->totals[at]);
-                for (int j = 0; j < 8; j++) acc = dot_signed(acc, part[j], load_four(x + 4 * j));
+                for (int j = 0; j < 8; j++) acc = dot(acc, part[j], load_four(x + 4 * j));
                 sum[r] += __builtin_convertvector(acc, floats) * (scale * in->scales[at]);
             }
         }
     } else {
         for (int g = 0; g < groups; g++, data += 4 * 64 + 64) {
             codes part[8];
-            fetch(data, 4 * 64 + 64);
+            if (piece == 0) fetch(data, 4 * 64 + 64);
             for (int j = 0; j < 4; j++) {
-                typedef uint16_t words __attribute__((vector_size(64)));
-                codes both = *(const loose_codes *)(data + 64 * j);
+                codes both = *(const loose_codes *)(data + 64 * j + piece * VECTOR);
                 part[j] = both & 15;
                 part[j + 4] = (codes)((words)both >> 4) & 15;
             }
-            floats scale = load_halves(data + 256), minimum = load_halves(data + 288);
+            floats scale = load_halves(data + 256 + piece * LANES * 2);
+            floats minimum = load_halves(data + 288 + piece * LANES * 2);
             for (int r = 0; r < rows; r++) {
                 size_t at = (size_t)(row + r) * groups + g;
-                const int8_t *x = in->codes + at * GROUP;
-                ints acc = {0};
-                for (int j = 0; j < 8; j++) acc = dot_small(acc, part[j], load_four(x + 4 * j));
-                sum[r] += __builtin_convertvector(acc, floats) * (scale * in->scales[at]);
+                const ints total = dot_small(part, in->codes + at * GROUP);
+                sum[r] += __builtin_convertvector(total, floats) * (scale * in->scales[at]);
                 sum[r] += minimum * in->sums[at];
             }
         }
@@ -442,63 +508,78 @@ INLINE size_t block_bytes(const Matrix *m) {
     size_t groups = (size_t)m->columns / GROUP;
     if (m->kind == CODES8) return groups * (8 * 64 + 32);
     if (m->kind == CODES4) return groups * (4 * 64 + 64);
-    return (size_t)m->columns * LANES * sizeof(float);
+    return (size_t)m->columns * BLOCK * sizeof(float);
 }
 
-static void tile(const Matrix *m, const uint8_t *data, const Input *in, int row, int rows,
-                 floats *sum) {
+static void tile(const Matrix *m, const uint8_t *data, int piece, const Input *in, int row,
+                 int rows, floats *sum) {
     switch (rows) {
-    case 1: block(m, data, in, row, 1, sum); break;
-    case 2: block(m, data, in, row, 2, sum); break;
-    case 3: block(m, data, in, row, 3, sum); break;
-    case 4: block(m, data, in, row, 4, sum); break;
-    case 5: block(m, data, in, row, 5, sum); break;
-    default: block(m, data, in, row, TILE, sum); break;
+#define CASE(n) case n: block(m, data, piece, in, row, n, sum); break
+        CASE(1);
+        CASE(2);
+        CASE(3);
+        CASE(4);
+        CASE(5);
+        CASE(6);
+        CASE(7);
+        CASE(8);
+        CASE(9);
+        CASE(10);
+        CASE(11);
+        CASE(12);
+#undef CASE
     }
 }
 
 enum { STORE, ADD, GATE };
 
+/* Asks for the beginning of what this thread will read of a matrix. */
+INLINE void expect(const Seat *s, const Matrix *m) {
+    fetch(m->data + (size_t)part_start(s->all, m->rows / BLOCK, s->thread) * block_bytes(m) - AHEAD,
+          AHEAD);
+}
+
 /* out [rows, m->rows]: set to the product, or grown by it; for GATE [rows, m->rows / 2] set to
- * silu(gate) × up. */
-static void product(Context *c, const Matrix *m, const Input *in, int rows, float *out, int mode) {
+ * silu(gate) × up. `next` is the matrix that will be read after this one, or NULL. */
+static void product(const Seat *s, const Matrix *m, const Input *in, int rows, float *out, int mode,
+                    const Matrix *next) {
     size_t bytes = block_bytes(m);
-    int blocks = m->rows / LANES, outputs = m->rows;
+    int blocks = m->rows / BLOCK, outputs = m->rows;
     if (mode == GATE) blocks /= 2, outputs /= 2;
-    PARALLEL(c, blocks) {
+    PARALLEL(s, blocks) {
+        const uint8_t *data = m->data + (mode == GATE ? 2 : 1) * (size_t)item * bytes;
         for (int row = 0; row < rows; row += TILE) {
-            floats sum[TILE], up[TILE];
-            int count = rows - row < TILE ? rows - row : TILE;
-            if (mode == GATE) {
-                const uint8_t *data = m->data + 2 * (size_t)item * bytes;
-                tile(m, data, in, row, count, sum);
-                tile(m, data + bytes, in, row, count, up);
-            } else {
-                tile(m, m->data + (size_t)item * bytes, in, row, count, sum);
-            }
-            for (int r = 0; r < count; r++) {
-                float *to = out + (size_t)(row + r) * outputs + (size_t)item * LANES;
-                floats value = sum[r];
-                if (mode == ADD) value += load_floats(to);
-                if (mode == GATE) {
-                    floats small = exponential(-absolute(value)); /* never overflows */
-                    floats share = 1.0f / (1.0f + small);
-                    value *= pick(value < 0.0f, small * share, share) * up[r];
+            const int count = rows - row < TILE ? rows - row : TILE;
+            for (int piece = 0; piece < BLOCK / LANES; piece++) {
+                floats sum[TILE], up[TILE];
+                tile(m, data, piece, in, row, count, sum);
+                if (mode == GATE) tile(m, data + bytes, piece, in, row, count, up);
+                for (int r = 0; r < count; r++) {
+                    float *to = out + (size_t)(row + r) * outputs + item * BLOCK + piece * LANES;
+                    floats value = sum[r];
+                    if (mode == ADD) value += load_floats(to);
+                    if (mode == GATE) {
+                        floats small = exponential(-absolute(value)); /* never overflows */
+                        floats share = 1.0f / (1.0f + small);
+                        value *= pick(value < 0.0f, small * share, share) * up[r];
+                    }
+                    store_floats(to, value);
                 }
-                store_floats(to, value);
             }
         }
     }
-    meet(c);
+    if (next) expect(s, next);
+    meet(s);
 }
 
 static void normalise(const float *from, const float *weight, float eps, int columns, float *to) {
-    floats squares = {0};
-    for (int k = 0; k < columns; k += LANES) {
-        floats x = load_floats(from + k);
-        squares += x * x;
+    floats even = {0}, odd = {0};
+    for (int k = 0; k < columns; k += 2 * LANES) {
+        floats left = load_floats(from + k), right = load_floats(from + k + LANES);
+        even += left * left;
+        odd += right * right;
     }
-    float factor = 1.0f / sqrtf(lane_sum(squares) / (float)columns + eps);
+    float factor = 1.0f / sqrtf(lane_sum(even + odd) / (float)columns + eps);
     for (int k = 0; k < columns; k += LANES)
         store_floats(to + k, load_floats(from + k) * factor * load_floats(weight + k));
 }
@@ -508,39 +589,84 @@ static void encode(const Input *in, int row) {
     const int groups = in->columns / GROUP;
     for (int g = 0; g < groups; g++) {
         size_t at = (size_t)row * groups + g;
-        floats low = load_floats(in->values + at * GROUP);
-        floats high = load_floats(in->values + at * GROUP + LANES);
-        float largest = lane_maximum(larger(absolute(low), absolute(high)));
+        const float *from = in->values + at * GROUP;
+        floats most = {0};
+        for (int i = 0; i < GROUP; i += LANES) most = larger(most, absolute(load_floats(from + i)));
+        float largest = lane_maximum(most);
         float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
         floats magic = broadcast(12582912.0f); /* see `exponential` */
-        ints first = __builtin_convertvector((low * inverse + magic) - magic, ints);
-        ints second = __builtin_convertvector((high * inverse + magic) - magic, ints);
-        for (int i = 0; i < LANES; i++) {
-            in->codes[at * GROUP + i] = (int8_t)first[i];
-            in->codes[at * GROUP + LANES + i] = (int8_t)second[i];
+        ints sum = {0};
+        for (int i = 0; i < GROUP; i += LANES) {
+            ints code = __builtin_convertvector((load_floats(from + i) * inverse + magic) - magic, ints);
+            bytes small = __builtin_convertvector(code, bytes);
+            memcpy(in->codes + at * GROUP + i, &small, LANES);
+            sum += code;
         }
         float scale = largest / 127.0f;
-        float total = lane_sum(__builtin_convertvector(first + second, floats));
+        float total = lane_sum(__builtin_convertvector(sum, floats));
         in->scales[at] = scale;
         in->totals[at] = (int32_t)total;
         in->sums[at] = scale * total;
     }
 }
 
-/* Makes `in` from [rows, columns]: normalised if there is a norm, encoded if `m` has codes. */
-static void prepare(Context *c, const Matrix *m, const float *from, const float *norm, float eps,
+/* Makes row `row` of `in` from as many floats: normalised if there is a norm, encoded if `m` has
+ * codes. */
+static void prepare_row(const Matrix *m, const float *from, const float *norm, float eps,
+                        const Input *in, int row) {
+    const size_t start = (size_t)row * m->columns;
+    if (norm) normalise(from, norm, eps, m->columns, in->values + start);
+    else if (in->values + start != from)
+        memcpy(in->values + start, from, (size_t)m->columns * sizeof(float));
+    if (m->kind != FLOAT32) encode(in, row);
+}
+
+/* The rows of an input: all of them for every thread where each makes its own, which for few is
+ * sooner done than waiting for one another. */
+static int take_rows(const Seat *s, const Input *in, int rows, int *end) {
+    if (!in->apart) return take(s, rows, end);
+    if (*end == rows) return -1;
+    *end = rows;
+    return 0;
+}
+
+#define ROWS_OF(seat, in, rows)                                                        \
+    for (int start_, end_ = -1; (start_ = take_rows(seat, in, rows, &end_)) >= 0;)     \
+        for (int item = start_; item < end_; item++)
+
+/* Makes `in` from [rows, columns]. */
+static void prepare(const Seat *s, const Matrix *m, const float *from, const float *norm, float eps,
                     int rows, Input *in) {
     in->columns = m->columns;
-    PARALLEL(c, rows) {
-        size_t start = (size_t)item * m->columns;
-        if (norm) normalise(from + start, norm, eps, m->columns, in->values + start);
-        else memcpy(in->values + start, from + start, (size_t)m->columns * sizeof(float));
-        if (m->kind != FLOAT32) encode(in, item);
-    }
-    meet(c);
+    ROWS_OF(s, in, rows)
+        prepare_row(m, from + (size_t)item * m->columns, norm, eps, in, item);
+    if (!in->apart) meet(s);
 }
 
 /* ---- attention ---------------------------------------------------------------------------- */
+
+/* Softmax over slots of the cache, a chunk at a time: weights relative to the largest score so
+ * far, their sum, and the sum of the values with these weights. */
+typedef struct {
+    float *sums; /* [parts, rows · heads, head_size] */
+    float *tops; /* [parts, rows · heads] the largest score; −∞ where no slot is seen */
+    float *mass; /* [parts, rows · heads] */
+    int parts;
+} Partial;
+
+typedef struct {
+    const Model *model;
+    Cache *cache;
+    const Pass *pass;
+    Input in;
+    Partial partial;
+    float *spare;        /* of each thread [QUERIES, head_size + widest] */
+    int32_t *chunk_of;   /* [rows, span] the chunk that a row meets each slot from `unsure` on in, */
+    int32_t unsure, span; /*  −1 for those that it does not see; chunk 0 has the first CHUNK that */
+    int32_t *first, *last; /* it sees, and so on. [chunks] The slots of each chunk, for all rows, */
+    int32_t chunks, widest; /* and the most of them that a chunk has */
+    float *qkv, *inner;
+} Forward;
 
 /* Where the keys and the values of a head begin. */
 INLINE size_t head_start(const Model *model, const Cache *cache, int layer, int text, int head) {
@@ -548,58 +674,93 @@ INLINE size_t head_start(const Model *model, const Cache *cache, int layer, int 
     return heads * (size_t)cache->capacity * model->head_size;
 }
 
-/* Turns queries, writes the new keys and values into the cache. */
-static void place(Context *c, const Model *model, Cache *cache, int layer, const Pass *pass,
-                  float *qkv) {
-    const int size = model->head_size, half = size / 2;
-    const int all = model->heads + 2 * model->kv_heads;
-    const int several = cache->texts > 1;
-    PARALLEL(c, pass->rows) {
-        const float *cosine = model->cosines + (size_t)pass->positions[item] * half;
-        const float *sine = model->sines + (size_t)pass->positions[item] * half;
-        const int text = several ? item : 0, before = several ? 0 : pass->nodes - pass->rows + item;
-        const size_t slot = (size_t)(pass->prefix + before);
-        for (int h = 0; h < model->heads + model->kv_heads; h++) {
-            float *x = qkv + ((size_t)item * all + h) * size;
-            for (int i = 0; i < half; i++) {
-                float left = x[i], right = x[i + half];
-                x[i] = left * cosine[i] - right * sine[i];
-                x[i + half] = right * cosine[i] + left * sine[i];
-            }
-        }
-        for (int h = 0; h < model->kv_heads; h++) {
-            const float *key = qkv + ((size_t)item * all + model->heads + h) * size;
-            const float *value = key + (size_t)model->kv_heads * size;
-            size_t head = head_start(model, cache, layer, text, h);
-            float *keys = cache->keys + head + (slot / LANES) * LANES * size + slot % LANES;
-            for (int i = 0; i < size; i++) keys[(size_t)i * LANES] = key[i];
-            memcpy(cache->values + head + slot * size, value, (size_t)size * sizeof(float));
-        }
+INLINE void rotate(float *restrict left, float *restrict right, const float *restrict cosine,
+                   const float *restrict sine, int half) {
+    for (int i = 0; i < half; i++) {
+        const float x = left[i], y = right[i];
+        left[i] = x * cosine[i] - y * sine[i];
+        right[i] = y * cosine[i] + x * sine[i];
     }
-    meet(c);
 }
 
-INLINE int sees(const Pass *pass, int row, int slot) {
+/* Turns queries, writes the new keys and values into the cache. */
+static void place(const Seat *s, const Forward *f, int layer) {
+    const Model *model = f->model;
+    const Pass *pass = f->pass;
+    const Cache *cache = f->cache;
+    const int size = model->head_size, half = size / 2, share = model->heads / model->kv_heads;
+    const int all = model->heads + 2 * model->kv_heads;
+    const int several = cache->texts > 1;
+    /* Head by head: keys of neighbouring rows lie in the same cache lines. */
+    PARALLEL(s, pass->rows * model->kv_heads) {
+        const int row = item % pass->rows, kv = item / pass->rows;
+        const float *cosine = model->cosines + (size_t)pass->positions[row] * half;
+        const float *sine = model->sines + (size_t)pass->positions[row] * half;
+        const int text = several ? row : 0, before = several ? 0 : pass->nodes - pass->rows + row;
+        const size_t slot = (size_t)(pass->prefix + before);
+        float *heads = f->qkv + (size_t)row * all * size;
+        for (int h = kv * share; h < (kv + 1) * share; h++)
+            rotate(heads + h * size, heads + h * size + half, cosine, sine, half);
+        float *key = heads + (model->heads + kv) * size;
+        rotate(key, key + half, cosine, sine, half);
+        const size_t head = head_start(model, cache, layer, text, kv);
+        float *keys = cache->keys + head + slot / BLOCK * BLOCK * size + slot % BLOCK;
+        for (int i = 0; i < size; i++) keys[(size_t)i * BLOCK] = key[i];
+        memcpy(cache->values + head + slot * size, key + (size_t)model->kv_heads * size,
+               (size_t)size * sizeof(float));
+    }
+    meet(s);
+}
+
+static int sees(const Pass *pass, int row, int slot) {
     int node = slot - pass->prefix;
     if (node < 0) return 1;
     if (pass->nodes == 1) return node == 0;
+    if (node >= pass->nodes) return 0;
     if (pass->visible) return pass->visible[(size_t)row * pass->nodes + node];
     return node <= pass->nodes - pass->rows + row;
 }
 
-/* `count` queries (a constant at every call) of one key-value head over all slots. */
-INLINE void attend(const Pass *pass, int size, int slots, const float *keys, const float *values,
-                   const float **query, const int *row, float *score, size_t stride,
-                   float **out, const int count) {
+static void look(Forward *f) {
+    const Pass *pass = f->pass;
+    const int prefix = pass->prefix, slots = prefix + pass->nodes;
+    for (int c = 0; c < f->chunks; c++) {
+        const int start = c * CHUNK, end = start + CHUNK;
+        f->first[c] = start < prefix ? start : slots;
+        f->last[c] = end < prefix ? end : prefix;
+    }
+    for (int row = 0; row < pass->rows; row++) {
+        int32_t *chunk_of = f->chunk_of + (size_t)row * f->span;
+        for (int i = 0, place = f->unsure; i < f->span; i++) {
+            const int slot = f->unsure + i, c = place / CHUNK;
+            chunk_of[i] = sees(pass, row, slot) ? c : -1;
+            if (chunk_of[i] < 0) continue;
+            if (slot < f->first[c]) f->first[c] = slot / BLOCK * BLOCK;
+            if (slot >= f->last[c]) f->last[c] = slot + 1;
+            place++;
+        }
+    }
+}
+
+/* `count` queries (a constant at every call) of one key-value head over what they see of the slots
+ * from `first`, a multiple of BLOCK, to `last` as their chunk `chunk`. */
+INLINE void attend(const Forward *f, int chunk, const float *keys, const float *values, float *score,
+                   const float **query, const int *row, float **out, float *top, float *mass,
+                   const int count) {
+    const int size = f->model->head_size, stride = f->widest;
+    const int first = f->first[chunk], last = f->last[chunk];
     const float factor = 1.0f / sqrtf((float)size);
     floats largest[QUERIES];
     for (int q = 0; q < count; q++) largest[q] = broadcast(-INFINITY);
-    for (int first = 0; first < slots; first += LANES) {
+    for (int slot = first; slot < last; slot += LANES) {
         floats sum[QUERIES] = {{0}}, sum2[QUERIES] = {{0}};
-        const float *key = keys + (size_t)first * size;
+        const float *key = keys + (size_t)(slot / BLOCK * BLOCK) * size + slot % BLOCK;
         for (int i = 0; i < size; i += 2) {
-            floats even = load_floats(key + (size_t)i * LANES);
-            floats odd = load_floats(key + (size_t)(i + 1) * LANES);
+            floats even = load_floats(key + (size_t)i * BLOCK);
+            floats odd = load_floats(key + (size_t)(i + 1) * BLOCK);
+            /* The values are next; memory is slower than the products. */
+            __builtin_prefetch(values + (size_t)slot * size + (size_t)i * LANES);
+            __builtin_prefetch(values + (size_t)slot * size + (size_t)(i + 1) * LANES);
             for (int q = 0; q < count; q++) {
                 sum[q] += even * query[q][i];
                 sum2[q] += odd * query[q][i + 1];
@@ -607,35 +768,35 @@ INLINE void attend(const Pass *pass, int size, int slots, const float *keys, con
         }
         for (int q = 0; q < count; q++) {
             floats scores = (sum[q] + sum2[q]) * factor;
-            if (first + LANES > pass->prefix) {
-                for (int lane = 0; lane < LANES; lane++) {
-                    int slot = first + lane;
-                    if (slot >= slots || !sees(pass, row[q], slot)) scores[lane] = -INFINITY;
-                }
+            if (slot >= f->unsure) {
+                const int32_t *of = f->chunk_of + (size_t)row[q] * f->span + (slot - f->unsure);
+                scores = pick(*(const loose_ints *)of == chunk, scores, broadcast(-INFINITY));
             }
-            store_floats(score + q * stride + first, scores);
+            store_floats(score + q * stride + (slot - first), scores);
             largest[q] = larger(scores, largest[q]);
         }
     }
-    float mass[QUERIES];
     for (int q = 0; q < count; q++) {
-        float top = lane_maximum(largest[q]);
-        mass[q] = 0.0f;
-        for (int first = 0; first < slots; first += LANES) {
-            float *at = score + q * stride + first;
-            store_floats(at, exponential(load_floats(at) - top));
+        top[q] = lane_maximum(largest[q]);
+        const float most = top[q] > -INFINITY ? top[q] : 0.0f;
+        for (int i = 0; i < last - first; i += LANES) {
+            float *at = score + q * stride + i;
+            store_floats(at, exponential(load_floats(at) - most));
         }
+        mass[q] = 0.0f;
     }
-    for (int part = 0; part < size; part += 4 * LANES) {
-        int vectors = (size - part) / LANES < 4 ? (size - part) / LANES : 4;
-        floats sum[QUERIES][4] = {{{0}}};
-        for (int slot = 0; slot < slots; slot++) {
+    /* In the order of the slots, so that those that are not seen, whose weight is 0, change nothing. */
+    for (int part = 0; part < size; part += WIDE * LANES) {
+        int vectors = (size - part) / LANES < WIDE ? (size - part) / LANES : WIDE;
+        floats sum[QUERIES][WIDE] = {{{0}}};
+        for (int slot = first; slot < last; slot++) {
             const float *value = values + (size_t)slot * size + part;
             for (int q = 0; q < count; q++) {
-                float weight = score[q * stride + slot];
+                const float weight = score[q * stride + (slot - first)];
                 if (part == 0) mass[q] += weight;
-                if (vectors == 4) {
-                    for (int v = 0; v < 4; v++) sum[q][v] += weight * load_floats(value + v * LANES);
+                if (vectors == WIDE) {
+                    for (int v = 0; v < WIDE; v++)
+                        sum[q][v] += weight * load_floats(value + v * LANES);
                 } else {
                     for (int v = 0; v < vectors; v++)
                         sum[q][v] += weight * load_floats(value + v * LANES);
@@ -643,43 +804,98 @@ INLINE void attend(const Pass *pass, int size, int slots, const float *keys, con
             }
         }
         for (int q = 0; q < count; q++)
-            for (int v = 0; v < vectors; v++)
-                store_floats(out[q] + part + v * LANES, sum[q][v] / mass[q]);
+            for (int v = 0; v < vectors; v++) store_floats(out[q] + part + v * LANES, sum[q][v]);
     }
 }
 
-static void attention(Context *c, int thread, const Model *model, const Cache *cache, int layer,
-                      const Pass *pass, const float *qkv, float *scores, float *mixed) {
+/* Adds a later part of a softmax to an earlier one. Compiled once, so that it always rounds alike. */
+static __attribute__((noinline)) void merge(float *sums, float *top, float *mass,
+                                            const float *more, float more_top, float more_mass,
+                                            int size) {
+    if (more_top == -INFINITY) return;
+    const float most = *top > more_top ? *top : more_top;
+    const float old = exponential(broadcast(*top - most))[0];
+    const float new = exponential(broadcast(more_top - most))[0];
+    *top = most;
+    *mass = *mass * old + more_mass * new;
+    for (int i = 0; i < size; i += LANES)
+        store_floats(sums + i, load_floats(sums + i) * old + load_floats(more + i) * new);
+}
+
+/* The queries of few rows share the work by chunks, those of many by themselves. Both ways a query
+ * meets the same chunks in the same order. */
+static void attention(const Seat *s, const Forward *f, int layer) {
+    const Model *model = f->model;
+    const Pass *pass = f->pass;
+    const Cache *cache = f->cache;
+    const Partial *partial = &f->partial;
     const int size = model->head_size, share = model->heads / model->kv_heads;
     const int all = model->heads + 2 * model->kv_heads;
     /* Queries that read the same keys stand side by side: of all rows, or of one text. */
     const int queries = (cache->texts > 1 ? 1 : pass->rows) * share;
     const int tiles = (queries + QUERIES - 1) / QUERIES;
-    const int slots = pass->prefix + pass->nodes;
-    const size_t stride = (size_t)(slots + LANES - 1) / LANES * LANES;
-    float *score = scores + (size_t)thread * QUERIES * stride;
-    PARALLEL(c, cache->texts * model->kv_heads * tiles) {
-        const int first = item % tiles * QUERIES, kv = item / tiles % model->kv_heads;
-        const int text = item / tiles / model->kv_heads;
+    const int split = partial->parts > 1, pieces = split ? f->chunks : tiles;
+    float *spare = f->spare + (size_t)s->thread * QUERIES * (size_t)(size + f->widest);
+    float *score = spare + QUERIES * size;
+    PARALLEL(s, cache->texts * model->kv_heads * pieces) {
+        const int piece = item % pieces, kv = item / pieces % model->kv_heads;
+        const int text = item / pieces / model->kv_heads;
         const size_t head = head_start(model, cache, layer, text, kv);
-        const float *query[QUERIES];
-        float *out[QUERIES];
-        int row[QUERIES], count = 0;
-        for (int q = first; q < queries && count < QUERIES; q++, count++) {
-            int h = kv * share + q % share;
-            row[count] = text + q / share;
-            query[count] = qkv + ((size_t)row[count] * all + h) * size;
-            out[count] = mixed + ((size_t)row[count] * model->heads + h) * size;
-        }
         const float *keys = cache->keys + head, *values = cache->values + head;
-        switch (count) {
-        case 1: attend(pass, size, slots, keys, values, query, row, score, stride, out, 1); break;
-        case 2: attend(pass, size, slots, keys, values, query, row, score, stride, out, 2); break;
-        case 3: attend(pass, size, slots, keys, values, query, row, score, stride, out, 3); break;
-        default: attend(pass, size, slots, keys, values, query, row, score, stride, out, QUERIES);
+        for (int tile = split ? 0 : piece; tile < (split ? tiles : piece + 1); tile++) {
+            for (int c = split ? piece : 0; c < (split ? piece + 1 : f->chunks); c++) {
+                const int later = !split && c;
+                const float *query[QUERIES];
+                float *out[QUERIES], top[QUERIES], mass[QUERIES];
+                size_t at[QUERIES];
+                int row[QUERIES], count = 0;
+                for (int q = tile * QUERIES; q < queries && count < QUERIES; q++, count++) {
+                    const int h = kv * share + q % share;
+                    row[count] = text + q / share;
+                    query[count] = f->qkv + ((size_t)row[count] * all + h) * size;
+                    at[count] = (size_t)row[count] * model->heads + h;
+                    if (split) at[count] += (size_t)c * pass->rows * model->heads;
+                    out[count] = later ? spare + count * size : partial->sums + at[count] * size;
+                }
+                switch (count) {
+#define CASE(n) case n: attend(f, c, keys, values, score, query, row, out, top, mass, n); break
+                    CASE(1);
+                    CASE(2);
+                    CASE(3);
+                    CASE(4);
+#undef CASE
+                }
+                for (int q = 0; q < count; q++) {
+                    float *sums = partial->sums + at[q] * size;
+                    float *old = &partial->tops[at[q]], *sum = &partial->mass[at[q]];
+                    if (later) merge(sums, old, sum, out[q], top[q], mass[q], size);
+                    else *old = top[q], *sum = mass[q];
+                }
+            }
         }
     }
-    meet(c);
+    meet(s);
+}
+
+/* Makes the input of the matrix behind the attention. */
+static void gather(const Seat *s, const Forward *f, const Matrix *m, Input *in) {
+    const int size = f->model->head_size, heads = f->model->heads, rows = f->pass->rows;
+    const Partial *p = &f->partial;
+    in->columns = m->columns;
+    ROWS_OF(s, in, rows) {
+        for (int h = 0; h < heads; h++) {
+            size_t at = (size_t)item * heads + h;
+            float *to = in->values + at * size, top = p->tops[at], mass = p->mass[at];
+            memcpy(to, p->sums + at * size, (size_t)size * sizeof(float));
+            for (int part = 1; part < p->parts; part++) {
+                at += (size_t)rows * heads;
+                merge(to, &top, &mass, p->sums + at * size, p->tops[at], p->mass[at], size);
+            }
+            for (int i = 0; i < size; i += LANES) store_floats(to + i, load_floats(to + i) / mass);
+        }
+        if (m->kind != FLOAT32) encode(in, item);
+    }
+    if (!in->apart) meet(s);
 }
 
 /* ---- calls -------------------------------------------------------------------------------- */
@@ -693,18 +909,37 @@ static void *cut(char **from, size_t size) {
 
 static size_t input_bytes(size_t rows, size_t columns) {
     size_t groups = columns / GROUP + 1;
-    return rows * (columns * 5 + groups * 12) + 5 * 64;
+    return (rows * (columns * 5 + groups * 12) + 9 * 64) / 64 * 64;
 }
 
-static Input cut_input(char **from, size_t rows, size_t columns) {
+/* How many threads have an input of their own: one of few values is sooner made than waited for. */
+static size_t copies(const Context *c, size_t rows, size_t columns) {
+    return rows == 1 || rows * columns <= OWN_VALUES ? (size_t)c->threads : 1;
+}
+
+static Input cut_input(char **from, size_t rows, size_t columns, size_t count) {
     size_t groups = columns / GROUP + 1;
+    char *at = *from;
     Input in;
-    in.values = cut(from, rows * columns * sizeof(float));
-    in.codes = cut(from, rows * columns);
-    in.scales = cut(from, rows * groups * sizeof(float));
-    in.sums = cut(from, rows * groups * sizeof(float));
-    in.totals = cut(from, rows * groups * sizeof(int32_t));
+    in.values = cut(&at, rows * columns * sizeof(float));
+    in.codes = cut(&at, rows * columns);
+    in.scales = cut(&at, rows * groups * sizeof(float));
+    in.sums = cut(&at, rows * groups * sizeof(float));
+    in.totals = cut(&at, rows * groups * sizeof(int32_t));
     in.columns = (int32_t)columns;
+    in.apart = count > 1 ? input_bytes(rows, columns) : 0;
+    *from += count * input_bytes(rows, columns);
+    return in;
+}
+
+/* A thread's view of an input. */
+static Input own(const Seat *s, Input in) {
+    const size_t shift = (size_t)s->thread * in.apart;
+    in.values = (float *)((char *)in.values + shift);
+    in.codes += shift;
+    in.scales = (float *)((char *)in.scales + shift);
+    in.sums = (float *)((char *)in.sums + shift);
+    in.totals = (int32_t *)((char *)in.totals + shift);
     return in;
 }
 
@@ -721,89 +956,96 @@ static int reserve(Context *c, size_t size) {
     return 1;
 }
 
-typedef struct {
-    const Model *model;
-    Cache *cache;
-    const Pass *pass;
-    Input in;
-    float *qkv, *mixed, *inner, *scores;
-} Forward;
-
-static void tap(Context *c, const Forward *f, int layer, const float *from) {
+static void tap(const Seat *s, const Forward *f, int layer, const float *from) {
     const Pass *pass = f->pass;
     const size_t width = (size_t)f->model->width;
     for (int t = 0; t < pass->taps; t++) {
         if (pass->tap_layer[t] != layer) continue;
-        PARALLEL(c, pass->rows) {
+        PARALLEL(s, pass->rows) {
             memcpy(pass->tapped + ((size_t)item * pass->taps + t) * width, from + item * width,
                    width * sizeof(float));
         }
-        meet(c);
+        meet(s);
     }
 }
 
-static void forward_work(void *context, int thread, void *argument) {
-    Context *c = context;
-    Forward *f = argument;
+static void forward_work(const Seat *s, void *argument) {
+    const Forward *f = argument;
     const Model *model = f->model;
     const Pass *pass = f->pass;
     const int rows = pass->rows;
-    Input in = f->in; /* the threads' own view of shared memory */
+    Input in = own(s, f->in);
     for (int l = 0; l < model->layers; l++) {
         const Layer *layer = &model->layer[l];
-        tap(c, f, l, pass->states);
-        prepare(c, &layer->qkv, pass->states, layer->attention_norm, model->eps, rows, &in);
-        product(c, &layer->qkv, &in, rows, f->qkv, STORE);
-        place(c, model, f->cache, l, pass, f->qkv);
-        attention(c, thread, model, f->cache, l, pass, f->qkv, f->scores, f->mixed);
-        prepare(c, &layer->out, f->mixed, NULL, 0.0f, rows, &in);
-        product(c, &layer->out, &in, rows, pass->states, ADD);
-        prepare(c, &layer->gate_up, pass->states, layer->mlp_norm, model->eps, rows, &in);
-        product(c, &layer->gate_up, &in, rows, f->inner, GATE);
-        prepare(c, &layer->down, f->inner, NULL, 0.0f, rows, &in);
-        product(c, &layer->down, &in, rows, pass->states, ADD);
+        const Matrix *next = l + 1 < model->layers ? &layer[1].qkv : &model->head;
+        tap(s, f, l, pass->states);
+        prepare(s, &layer->qkv, pass->states, layer->attention_norm, model->eps, rows, &in);
+        product(s, &layer->qkv, &in, rows, f->qkv, STORE, &layer->out);
+        place(s, f, l);
+        attention(s, f, l);
+        gather(s, f, &layer->out, &in);
+        product(s, &layer->out, &in, rows, pass->states, ADD, &layer->gate_up);
+        prepare(s, &layer->gate_up, pass->states, layer->mlp_norm, model->eps, rows, &in);
+        product(s, &layer->gate_up, &in, rows, f->inner, GATE, &layer->down);
+        prepare(s, &layer->down, f->inner, NULL, 0.0f, rows, &in);
+        product(s, &layer->down, &in, rows, pass->states, ADD, next);
     }
     if (!pass->logits && !pass->taps) return;
     const int from = pass->taps ? 0 : pass->skipped;
     const float *states = pass->states + (size_t)from * model->width;
-    prepare(c, &model->head, states, model->norm, model->eps, rows - from, &in);
-    tap(c, f, model->layers, in.values);
+    prepare(s, &model->head, states, model->norm, model->eps, rows - from, &in);
+    tap(s, f, model->layers, in.values);
     if (!pass->logits) return;
     const size_t groups = (size_t)(pass->skipped - from) * (size_t)(model->width / GROUP);
     in.values += groups * GROUP, in.codes += groups * GROUP;
     in.scales += groups, in.sums += groups, in.totals += groups;
-    product(c, &model->head, &in, rows - pass->skipped, pass->logits, STORE);
+    product(s, &model->head, &in, rows - pass->skipped, pass->logits, STORE, NULL);
 }
 
 static size_t most(size_t a, size_t b) { return a > b ? a : b; }
 
-/* Scratch for a pass of `rows` over `slots`, with `more` bytes before it: where those begin, or
- * NULL where memory is missing. The input of a product is as wide as `widest` at least. */
-static char *cut_forward(Context *c, Forward *f, size_t rows, size_t slots, size_t widest,
-                         size_t more) {
+/* Scratch for a pass, with `more` bytes behind it: where those begin, or NULL where memory is
+ * missing. The input of a product is as wide as `widest` at least. */
+static char *cut_forward(Context *c, Forward *f, size_t widest, size_t more) {
     const Model *model = f->model;
-    const size_t size = (size_t)model->head_size;
-    const size_t joined = (size_t)(model->heads + 2 * model->kv_heads) * size;
-    const size_t mixed = (size_t)model->heads * size, mlp = (size_t)model->mlp;
-    const size_t scores = (size_t)c->threads * QUERIES * ((slots + LANES - 1) / LANES * LANES);
-    widest = most(most(mixed, mlp), most((size_t)model->width, widest));
-    size_t bytes = input_bytes(rows, widest) + 5 * 64 + more;
-    bytes += (rows * (joined + mixed + mlp) + scores) * sizeof(float);
+    const Pass *pass = f->pass;
+    const size_t rows = (size_t)pass->rows, size = (size_t)model->head_size;
+    const size_t heads = (size_t)model->heads, joined = (heads + 2 * (size_t)model->kv_heads) * size;
+    const size_t mlp = (size_t)model->mlp, slots = (size_t)(pass->prefix + pass->nodes);
+    const size_t chunks = (slots + CHUNK - 1) / CHUNK;
+    const size_t parts = f->cache->texts == 1 && rows <= SPLIT_ROWS ? chunks : 1;
+    const size_t all = parts * rows * heads;
+    widest = most(most(heads * size, mlp), most((size_t)model->width, widest));
+    const size_t inputs = copies(c, rows, widest);
+    f->unsure = pass->prefix / BLOCK * BLOCK;
+    f->span = (int32_t)(slots + BLOCK - 1) / BLOCK * BLOCK - f->unsure;
+    f->partial.parts = (int)parts;
+    f->chunks = (int32_t)chunks;
+    f->widest = f->span + CHUNK; /* slots of a chunk that are all seen, and all of the others */
+    const size_t spare = (size_t)c->threads * QUERIES * (size + (size_t)f->widest);
+    const size_t seen = rows * (size_t)f->span + 2 * chunks;
+    size_t bytes = inputs * input_bytes(rows, widest) + 8 * 64 + more;
+    bytes += (rows * (joined + mlp) + all * (size + 2) + spare + seen) * 4;
     if (!reserve(c, bytes)) return NULL;
     char *at = c->scratch;
-    f->in = cut_input(&at, rows, widest);
+    f->in = cut_input(&at, rows, widest, inputs);
     f->qkv = cut(&at, rows * joined * sizeof(float));
-    f->mixed = cut(&at, rows * mixed * sizeof(float));
     f->inner = cut(&at, rows * mlp * sizeof(float));
-    f->scores = cut(&at, scores * sizeof(float));
+    f->partial.sums = cut(&at, all * size * sizeof(float));
+    f->partial.tops = cut(&at, all * sizeof(float));
+    f->partial.mass = cut(&at, all * sizeof(float));
+    f->spare = cut(&at, spare * sizeof(float));
+    f->chunk_of = cut(&at, seen * sizeof(int32_t));
+    f->first = f->chunk_of + rows * (size_t)f->span;
+    f->last = f->first + chunks;
     return at;
 }
 
 /* One pass through all layers. 0 if it was done, 1 where memory is missing. */
 int mtad_forward(Context *c, const Model *model, Cache *cache, const Pass *pass) {
     Forward f = {.model = model, .cache = cache, .pass = pass};
-    const size_t slots = (size_t)(pass->prefix + pass->nodes);
-    if (!cut_forward(c, &f, (size_t)pass->rows, slots, 0, 0)) return 1;
+    if (!cut_forward(c, &f, 0, 0)) return 1;
+    look(&f);
     run(c, forward_work, &f);
     return 0;
 }
@@ -839,16 +1081,14 @@ typedef struct {
     const Step *step;
 } Drafting;
 
-static void draft_work(void *context, int thread, void *argument) {
-    Context *c = context;
-    Drafting *d = argument;
+static void draft_work(const Seat *s, void *argument) {
+    const Drafting *d = argument;
     const Draft *draft = d->draft;
     const Step *step = d->step;
     const int width = draft->model.width;
-    float *states = d->forward.pass->states;
-    Input in = d->forward.in;
+    Input in = own(s, d->forward.in);
     in.columns = draft->join.columns;
-    PARALLEL(c, step->rows) {
+    ROWS_OF(s, &in, step->rows) {
         const int entry = step->old + item;
         const float *embedded = step->embedded + (size_t)item * width;
         const float *state = step->given + (size_t)(1 + step->parents[entry]) * width;
@@ -857,21 +1097,22 @@ static void draft_work(void *context, int thread, void *argument) {
         normalise(state, draft->state_norm, draft->model.eps, width, to + width);
         if (draft->join.kind != FLOAT32) encode(&in, item);
     }
-    meet(c);
-    product(c, &draft->join, &in, step->rows, states, STORE);
-    forward_work(c, thread, &d->forward);
+    if (!in.apart) meet(s);
+    const Matrix *next = &draft->model.layer[0].qkv;
+    product(s, &draft->join, &in, step->rows, d->forward.pass->states, STORE, next);
+    forward_work(s, (void *)&d->forward);
 }
 
 /* One pass over new entries. 0 if it was done, 1 where memory is missing. */
 int mtad_draft(Context *c, const Draft *draft, Cache *cache, const Step *step) {
     const size_t rows = (size_t)step->rows, width = (size_t)draft->model.width;
     const int nodes = step->old + step->rows;
-    const size_t slots = (size_t)(step->prefix + nodes), seen = rows * (size_t)nodes;
+    const size_t seen = rows * (size_t)nodes;
     Pass pass = {.rows = step->rows, .prefix = step->prefix, .nodes = nodes,
                  .logits = step->logits, .skipped = step->skipped};
     Drafting d = {{.model = &draft->model, .cache = cache, .pass = &pass}, draft, step};
     const size_t more = rows * (width + 1) * sizeof(float) + seen + 3 * 64;
-    char *at = cut_forward(c, &d.forward, rows, slots, (size_t)draft->join.columns, more);
+    char *at = cut_forward(c, &d.forward, (size_t)draft->join.columns, more);
     if (!at) return 1;
     pass.states = cut(&at, rows * width * sizeof(float));
     int32_t *positions = cut(&at, rows * sizeof(int32_t));
@@ -886,6 +1127,7 @@ int mtad_draft(Context *c, const Draft *draft, Cache *cache, const Step *step) {
     }
     pass.positions = positions;
     pass.visible = visible;
+    look(&d.forward);
     run(c, draft_work, &d);
     for (int row = 0; row < step->rows; row++) {
         const int child = 1 + step->old + row;
@@ -904,13 +1146,12 @@ typedef struct {
     Input in;
 } Reading;
 
-static void read_work(void *context, int thread, void *argument) {
-    Reading *r = argument;
+static void read_work(const Seat *s, void *argument) {
+    const Reading *r = argument;
     const Draft *draft = r->draft;
     const size_t width = (size_t)draft->model.width;
-    Input in = r->in;
-    (void)thread;
-    PARALLEL(context, r->rows) {
+    Input in = own(s, r->in);
+    ROWS_OF(s, &in, r->rows) {
         for (int t = 0; t < draft->taps; t++) {
             const size_t start = ((size_t)item * (size_t)draft->taps + (size_t)t) * width;
             normalise(r->hidden + start, draft->read_norm + (size_t)t * width, draft->model.eps,
@@ -918,17 +1159,17 @@ static void read_work(void *context, int thread, void *argument) {
         }
         if (draft->read.kind != FLOAT32) encode(&in, item);
     }
-    meet(context);
-    product(context, &draft->read, &in, r->rows, r->to, STORE);
+    if (!in.apart) meet(s);
+    product(s, &draft->read, &in, r->rows, r->to, STORE, NULL);
 }
 
 /* The target's hidden states [rows, taps, width] → the states [rows, width] that the draft reads.
  * 0 if it was done, 1 where memory is missing. */
 int mtad_read(Context *c, const Draft *draft, const float *hidden, float *to, int rows) {
-    const size_t columns = (size_t)draft->read.columns;
-    if (!reserve(c, input_bytes((size_t)rows, columns))) return 1;
+    const size_t columns = (size_t)draft->read.columns, inputs = copies(c, (size_t)rows, columns);
+    if (!reserve(c, inputs * input_bytes((size_t)rows, columns))) return 1;
     char *at = c->scratch;
-    Reading r = {draft, hidden, to, rows, cut_input(&at, (size_t)rows, columns)};
+    Reading r = {draft, hidden, to, rows, cut_input(&at, (size_t)rows, columns, inputs)};
     run(c, read_work, &r);
     return 0;
 }
@@ -948,12 +1189,12 @@ typedef struct {
 } Rows;
 
 INLINE int any(ints mask) {
-#if defined(__AVX512F__)
+#if VECTOR == 64
     return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
 #else
-    uint64_t words[8], all = 0;
-    memcpy(words, &mask, 64);
-    for (int i = 0; i < 8; i++) all |= words[i];
+    uint64_t word[VECTOR / 8], all = 0;
+    memcpy(word, &mask, VECTOR);
+    for (int i = 0; i < VECTOR / 8; i++) all |= word[i];
     return all != 0;
 #endif
 }
@@ -1011,10 +1252,9 @@ static float log_sum(const float *from, int columns) {
 }
 
 /* A row is read twice, the second time from the cache. */
-static void rows_work(void *context, int thread, void *argument) {
+static void rows_work(const Seat *s, void *argument) {
     const Rows *r = argument;
-    (void)thread;
-    PARALLEL(context, r->rows) {
+    PARALLEL(s, r->rows) {
         const float *from = r->values + item * r->stride;
         const size_t to = (size_t)item * (size_t)r->count;
         if (r->count) best_of_row(from, r->columns, r->count, r->best + to, r->at + to);
@@ -1024,7 +1264,8 @@ static void rows_work(void *context, int thread, void *argument) {
 
 /* Waking the other threads costs more than a few rows of a draft. */
 void mtad_rows(Context *c, const Rows *rows) {
-    Context alone = {.threads = 1};
+    _Atomic int32_t next = 0;
+    Context alone = {.threads = 1, .next = &next};
     const int small = (int64_t)rows->rows * rows->columns < ROWS_WORTH_THREADS;
     run(small ? &alone : c, rows_work, (void *)rows);
 }
@@ -1206,20 +1447,19 @@ typedef struct {
     Input in;
 } Linear;
 
-static void linear_work(void *context, int thread, void *argument) {
-    Linear *l = argument;
-    Input in = l->in;
-    (void)thread;
-    prepare(context, l->matrix, l->from, NULL, 0.0f, l->rows, &in);
-    product(context, l->matrix, &in, l->rows, l->to, STORE);
+static void linear_work(const Seat *s, void *argument) {
+    const Linear *l = argument;
+    Input in = own(s, l->in);
+    prepare(s, l->matrix, l->from, NULL, 0.0f, l->rows, &in);
+    product(s, l->matrix, &in, l->rows, l->to, STORE, NULL);
 }
 
 /* from [rows, columns] → to [rows, matrix rows]. 0 if it was done, 1 where memory is missing. */
 int mtad_linear(Context *c, const Matrix *matrix, const float *from, float *to, int rows) {
-    const size_t columns = (size_t)matrix->columns;
-    if (!reserve(c, input_bytes((size_t)rows, columns))) return 1;
+    const size_t columns = (size_t)matrix->columns, inputs = copies(c, (size_t)rows, columns);
+    if (!reserve(c, inputs * input_bytes((size_t)rows, columns))) return 1;
     char *at = c->scratch;
-    Linear l = {matrix, from, to, rows, cut_input(&at, (size_t)rows, columns)};
+    Linear l = {matrix, from, to, rows, cut_input(&at, (size_t)rows, columns, inputs)};
     run(c, linear_work, &l);
     return 0;
 }
@@ -1234,9 +1474,9 @@ void mtad_move(const Model *model, Cache *cache, const int32_t *from, int count,
             for (int i = 0; i < count; i++) {
                 size_t old = (size_t)from[i], new = (size_t)(start + i);
                 if (old == new) continue;
-                const float *key = keys + old / LANES * LANES * size + old % LANES;
-                float *there = keys + new / LANES * LANES * size + new % LANES;
-                for (size_t j = 0; j < size; j++) there[j * LANES] = key[j * LANES];
+                const float *key = keys + old / BLOCK * BLOCK * size + old % BLOCK;
+                float *there = keys + new / BLOCK * BLOCK * size + new % BLOCK;
+                for (size_t j = 0; j < size; j++) there[j * BLOCK] = key[j * BLOCK];
                 memcpy(values + new * size, values + old * size, size * sizeof(float));
             }
         }
