@@ -102,19 +102,8 @@ def test_eight_bits_are_within_half_a_step() -> None:
 
 
 def test_a_group_of_zeros_stays_zero() -> None:
-    for kind in (None, CODES4, CODES8, FLOAT32):
+    for kind in (None, CODES8, FLOAT32):
         assert not unpack(pack(torch.zeros(16, 64), kind)).any()
-
-
-def test_four_bits_that_were_asked_for_are_within_half_a_step() -> None:
-    weight = torch.randn(48, 64)
-    packed = pack(weight, CODES4)
-    assert packed.kind == CODES4
-    groups = weight.view(48, 2, 32)
-    steps = (groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)) / 15
-    missed = (unpack(packed) - weight).view(48, 2, 32).abs()
-    # Scale and minimum are float16s: 11-bit errors of at most 15 steps and of the minimum.
-    assert bool((missed <= (0.5 + 15 / 2048) * steps + groups.abs().amax() / 2048).all())
 
 
 # Products

@@ -31,6 +31,7 @@ CONTEXT_TOKENS = 200
 ROUNDS = 15
 _ACCEPTED = 2
 _LATER_STEPS = 5  # of a block, behind its first one
+_DRAFT_STEP: Pass = ("draft", 1)
 
 # Seconds of each round
 Times = dict[Pass, list[float]]
@@ -62,6 +63,8 @@ def measure_costs(
     """
     # A block appends the accepted tokens and the one after them; one round warms up.
     wanted = {ONE_TOKEN, *(passes if pair.draft is not None else ())}
+    if any(kind == "draft" for kind, _ in wanted):
+        wanted.add(_DRAFT_STEP)
     longest = max(rows for _, rows in wanted)
     blocks = sum(kind == "draft" for kind, _ in wanted)
     room = pair.context_length - longest - (rounds + 2) * blocks * (_ACCEPTED + 1)

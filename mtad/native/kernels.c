@@ -344,18 +344,6 @@ INLINE float lane_maximum(floats x) {
     return x[0] > x[1] ? x[0] : x[1];
 }
 
-INLINE float half_to_float(uint16_t bits) {
-    uint32_t magnitude = bits & 0x7fff, sign = (uint32_t)(bits & 0x8000) << 16;
-    float value;
-    uint32_t word = magnitude << 13;
-    memcpy(&value, &word, 4);
-    value *= 0x1p112f; /* the difference of the two exponents' offsets, also for subnormals */
-    memcpy(&word, &value, 4);
-    word |= sign;
-    memcpy(&value, &word, 4);
-    return value;
-}
-
 INLINE floats load_halves(const uint8_t *from) {
 #if VECTOR == 64
     return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const void *)from));
@@ -364,9 +352,16 @@ INLINE floats load_halves(const uint8_t *from) {
 #elif defined(__ARM_FEATURE_DOTPROD)
     return (floats)vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(from)));
 #else
-    const uint16_t *bits = (const uint16_t *)from;
     floats value;
-    for (int i = 0; i < LANES; i++) value[i] = half_to_float(bits[i]);
+    for (int i = 0; i < LANES; i++) {
+        uint16_t bits;
+        memcpy(&bits, from + 2 * i, 2);
+        uint32_t word = (uint32_t)(bits & 0x7fff) << 13;
+        float size;
+        memcpy(&size, &word, 4);
+        size *= 0x1p112f; /* the difference of the two exponents' offsets, also for subnormals */
+        value[i] = bits & 0x8000 ? -size : size;
+    }
     return value;
 #endif
 }

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from mtad.eager import Output
 from mtad.errors import PairError
 from mtad.native.model import LayerWeights, NativeModel
-from mtad.native.packing import LANES, fits
+from mtad.native.packing import BLOCK, fits
 from mtad.native.rows import NATIVE_SEARCH
 
 
@@ -135,15 +135,15 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
         config.vocab_size,
     )
     if not (
-        size % LANES == 0
+        size % BLOCK == 0
         and all(fits(rows, 32) for rows in sizes)
         and all(
-            fits(LANES, columns)
+            fits(BLOCK, columns)
             for columns in (sizes[1], sizes[2], config.num_attention_heads * size)
         )
     ):
         return (
-            f"The native engine takes heads and a vocabulary in multiples of {LANES} and widths in"
+            f"The native engine takes heads and a vocabulary in multiples of {BLOCK} and widths in"
             f" multiples of 32; this model has heads of {size}, widths of {config.hidden_size} and"
             f" {config.intermediate_size}, a vocabulary of {config.vocab_size:,}."
         )

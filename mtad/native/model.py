@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mtad.native import library
 from mtad.native.linear import matrix
-from mtad.native.packing import CODES4, FLOAT32, LANES, pack
+from mtad.native.packing import BLOCK, CODES4, FLOAT32, pack
 
 _FIRST_SLOTS = 512
 
@@ -80,14 +80,12 @@ class NativeModel:
         cosines: Tensor,  # [P, size / 2]
         sines: Tensor,  # [P, size / 2]
         exact: bool = False,
-        mlp_kind: int | None = None,
     ) -> None:
-        """Packs everything: `exact` in float32, else the MLPs as `pack` does with `mlp_kind`."""
+        """Packs everything: `exact` in float32, else in as few bits as lose nothing, or eight."""
         kind = FLOAT32 if exact else None
-        mlp_kind = FLOAT32 if exact else mlp_kind
         self._kept: list[Tensor] = []  # the kernels hold pointers into these
         self.weight_bytes = 0
-        made = [self._layer(layer, kind, mlp_kind) for layer in layers]
+        made = [self._layer(layer, kind) for layer in layers]
         self.width = int(norm.shape[0])
         self.num_layers = len(made)
         self._layers = (library.Layer * len(made))(*made)
@@ -121,19 +119,17 @@ class NativeModel:
         kv_heads, size = self._kv
         return self.num_layers * texts, kv_heads, slots, size
 
-    def _layer(
-        self, weights: LayerWeights, kind: int | None, mlp_kind: int | None
-    ) -> library.Layer:
+    def _layer(self, weights: LayerWeights, kind: int | None) -> library.Layer:
         # The kernel multiplies 16 gates with the 16 values that it computes next.
-        pairs = [part.view(-1, 1, LANES, part.shape[1]) for part in (weights.gate, weights.up)]
+        pairs = [part.view(-1, 1, BLOCK, part.shape[1]) for part in (weights.gate, weights.up)]
         gate_up = torch.cat(pairs, 1).view(-1, weights.gate.shape[1])
         return library.Layer(
             attention_norm=self._vector(weights.attention_norm),
             mlp_norm=self._vector(weights.mlp_norm),
             qkv=self._matrix(weights.qkv, kind),
             out=self._matrix(weights.out, kind),
-            gate_up=self._matrix(gate_up, mlp_kind),
-            down=self._matrix(weights.down, mlp_kind),
+            gate_up=self._matrix(gate_up, kind),
+            down=self._matrix(weights.down, kind),
         )
 
     def _matrix(self, weight: Tensor, kind: int | None) -> library.Matrix:
@@ -229,13 +225,13 @@ class NativeCache:
 
     def save(self, length: int) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values of the first `length` slots, of one text."""
-        blocks = -(-length // LANES)
+        blocks = -(-length // BLOCK)
         return self._keys[:, :, :blocks].clone(), self._values[:, :, :length].clone()
 
     def load(self, tensors: Sequence[Tensor], length: int) -> None:
         """Fills the first `length` slots of an empty cache from what `save` gave, or its begin."""
         keys, values = tensors
-        blocks = -(-length // LANES)
+        blocks = -(-length // BLOCK)
         self.reserve(length, 0)
         self._keys[:, :, :blocks] = keys[:, :, :blocks]
         self._values[:, :, :length] = values[:, :, :length]
@@ -245,14 +241,14 @@ class NativeCache:
         if slots <= self._slots:
             return
         # Twice as many each time: a text grows token by token.
-        size = -(-max(slots, 2 * self._slots) // LANES) * LANES
+        size = -(-max(slots, 2 * self._slots) // BLOCK) * BLOCK
         shape = self.model.cache_shape(self.texts, size)
         first, heads, _, head_size = shape
         # Keys lie in blocks of 16 slots, so that a run of slots is a run of blocks.
-        keys = torch.empty(first, heads, size // LANES, head_size * LANES)
+        keys = torch.empty(first, heads, size // BLOCK, head_size * BLOCK)
         values = torch.empty(shape)
         if used:
-            blocks = -(-used // LANES)
+            blocks = -(-used // BLOCK)
             keys[:, :, :blocks] = self._keys[:, :, :blocks]
             values[:, :, :used] = self._values[:, :, :used]
         self._keys, self._values, self._slots = keys, values, size

@@ -1,9 +1,8 @@
 """Weights in the layout that the kernels read; see the comment on `Matrix` in kernels.c.
 
-Unless they are asked for, four bits are used only where they lose nothing: for weights that were
-stored in groups of 32 with 16 evenly spaced values each (llama.cpp's Q4_1 and Q4_0), as a matrix
-that was dequantised from such a file is. Everything else gets eight bits a weight (as Q8_0 has
-them).
+Four bits are used only where they lose nothing: for weights that were stored in groups of 32
+with 16 evenly spaced values each (llama.cpp's Q4_1 and Q4_0), as a matrix that was dequantised
+from such a file is. Everything else gets eight bits a weight (as Q8_0 has them).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LANES = 16
+BLOCK = 16
 GROUP = 32
 # How far a weight may stand from its 4-bit value, in steps between two such values.
 EXACT_STEPS = 0.01
@@ -40,7 +39,7 @@ class Packed:
 
 def fits(rows: int, columns: int) -> bool:
     """True if a linear layer of this size can be packed."""
-    return rows % LANES == 0 and columns % GROUP == 0
+    return rows % BLOCK == 0 and columns % GROUP == 0
 
 
 def pack(weight: Tensor, kind: int | None = None) -> Packed:
@@ -48,11 +47,11 @@ def pack(weight: Tensor, kind: int | None = None) -> Packed:
     weight = weight.detach().to("cpu", torch.float32)
     rows, columns = weight.shape
     if kind == FLOAT32:
-        data = weight.view(-1, LANES, columns).transpose(1, 2).contiguous()
+        data = weight.view(-1, BLOCK, columns).transpose(1, 2).contiguous()
         return Packed(FLOAT32, rows, columns, data.view(-1).view(torch.uint8))
     groups = weight.view(rows, columns // GROUP, GROUP)
     if kind != CODES8:
-        small = _four_bits(groups, rounded=kind == CODES4)
+        small = _four_bits(groups)
         if small is not None:
             return Packed(CODES4, rows, columns, small)
     return Packed(CODES8, rows, columns, _eight_bits(groups))
@@ -60,17 +59,17 @@ def pack(weight: Tensor, kind: int | None = None) -> Packed:
 
 def unpack(packed: Packed) -> Tensor:
     """[rows, columns] float32: what the kernels multiply with."""
-    blocks, count = packed.rows // LANES, packed.columns // GROUP
+    blocks, count = packed.rows // BLOCK, packed.columns // GROUP
     if packed.kind == FLOAT32:
-        weight = packed.data.view(torch.float32).view(blocks, packed.columns, LANES)
+        weight = packed.data.view(torch.float32).view(blocks, packed.columns, BLOCK)
         return weight.transpose(1, 2).reshape(packed.rows, packed.columns)
     data = packed.data.view(blocks, count, -1)
     if packed.kind == CODES8:
-        codes = data[..., : 8 * 64].reshape(blocks, count, 8, LANES, 4).view(torch.int8).float()
+        codes = data[..., : 8 * 64].reshape(blocks, count, 8, BLOCK, 4).view(torch.int8).float()
         scales = _halves(data[..., 8 * 64 :])
         minima = torch.zeros_like(scales)
     else:
-        both = data[..., : 4 * 64].reshape(blocks, count, 4, LANES, 4)
+        both = data[..., : 4 * 64].reshape(blocks, count, 4, BLOCK, 4)
         codes = torch.cat([both & 15, both >> 4], 2).float()
         scales, minima = _halves(data[..., 4 * 64 :]).chunk(2, -1)
     # [blocks, count, part, lane, 4] → [blocks, lane, count, part, 4]
@@ -78,15 +77,15 @@ def unpack(packed: Packed) -> Tensor:
     return values.permute(0, 3, 1, 2, 4).reshape(packed.rows, packed.columns)
 
 
-def _four_bits(groups: Tensor, rounded: bool) -> Tensor | None:
-    """Of [rows, count, 32]; None if they would have to be rounded and may not be."""
+def _four_bits(groups: Tensor) -> Tensor | None:
+    """Of [rows, count, 32]; None if the weights are not sixteen evenly spaced values a group."""
     low, high = groups.amin(-1), groups.amax(-1)
     minima, scales = low.half(), ((high - low) / 15).half()
     steps = scales.float().unsqueeze(-1)
     shifted = groups - minima.float().unsqueeze(-1)
     codes = torch.where(steps > 0, shifted / steps, 0.0).round_().clamp_(0, 15)
     missed = (shifted - codes * steps).abs_() > EXACT_STEPS * steps
-    if not rounded and bool(missed.any()):
+    if bool(missed.any()):
         return None
     parts = _in_parts(codes.to(torch.uint8))
     both = parts[:, :, :4] | parts[:, :, 4:] << 4
@@ -103,7 +102,7 @@ def _eight_bits(groups: Tensor) -> Tensor:
 def _in_parts(codes: Tensor) -> Tensor:
     """[rows, count, 32] → [blocks, count, 8, lane, 4]."""
     rows, count, _ = codes.shape
-    blocks = codes.view(rows // LANES, LANES, count, 8, 4)
+    blocks = codes.view(rows // BLOCK, BLOCK, count, 8, 4)
     return blocks.permute(0, 2, 3, 1, 4).contiguous()
 
 
@@ -112,7 +111,7 @@ def _join(parts: Tensor, *numbers: Tensor) -> Tensor:
     blocks, count = parts.shape[:2]
     columns = [parts.reshape(blocks, count, -1)]
     for number in numbers:
-        lanes = number.view(blocks, LANES, count).transpose(1, 2).contiguous()
+        lanes = number.view(blocks, BLOCK, count).transpose(1, 2).contiguous()
         columns.append(lanes.view(torch.uint8))
     return torch.cat(columns, -1).reshape(-1)
 
