@@ -73,6 +73,7 @@ enum { FLOAT32 = 0, CODES8 = 1, CODES4 = 2 };
  *            parts 4 to 7, then 16 scales and 16 minima as float16. */
 typedef struct {
     int32_t kind, rows, columns;
+    int32_t streamed; /* no cache holds it from one pass to the next */
     const uint8_t *data;
 } Matrix;
 
@@ -440,9 +441,13 @@ INLINE ints dot_small(const codes *part, const int8_t *x) {
 #endif
 }
 
-/* Asks for the weights of a group some groups ahead: memory is slower than the products. */
-INLINE void fetch(const uint8_t *data, const int bytes) {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(data + AHEAD + i);
+/* Asks for the weights of a group some groups ahead: memory is slower than the products. Those that
+ * are streamed are not to drive out what stays, such as the draft and the interpreter. */
+INLINE void fetch(const Matrix *m, const uint8_t *data, const int bytes) {
+    if (m->streamed)
+        for (int i = 0; i < bytes; i += 64) __builtin_prefetch(data + AHEAD + i, 0, 0);
+    else
+        for (int i = 0; i < bytes; i += 64) __builtin_prefetch(data + AHEAD + i, 0, 3);
 }
 
 /* The outputs of piece `piece` of a block for `rows` inputs from `row` on; `rows` is a constant at
@@ -461,7 +466,7 @@ INLINE void block(const Matrix *m, const uint8_t *data, int piece, const Input *
     } else if (m->kind == CODES8) {
         for (int g = 0; g < groups; g++, data += 8 * 64 + 32) {
             codes part[8];
-            if (piece == 0) fetch(data, 8 * 64 + 32);
+            if (piece == 0) fetch(m, data, 8 * 64 + 32);
             for (int j = 0; j < 8; j++) {
                 part[j] = *(const loose_codes *)(data + 64 * j + piece * VECTOR);
 #if defined(__AVX512VNNI__)
@@ -480,7 +485,7 @@ INLINE void block(const Matrix *m, const uint8_t *data, int piece, const Input *
     } else {
         for (int g = 0; g < groups; g++, data += 4 * 64 + 64) {
             codes part[8];
-            if (piece == 0) fetch(data, 4 * 64 + 64);
+            if (piece == 0) fetch(m, data, 4 * 64 + 64);
             for (int j = 0; j < 4; j++) {
                 codes both = *(const loose_codes *)(data + 64 * j + piece * VECTOR);
                 part[j] = both & 15;
@@ -530,8 +535,8 @@ enum { STORE, ADD, GATE };
 
 /* Asks for the beginning of what this thread will read of a matrix. */
 INLINE void expect(const Seat *s, const Matrix *m) {
-    fetch(m->data + (size_t)part_start(s->all, m->rows / BLOCK, s->thread) * block_bytes(m) - AHEAD,
-          AHEAD);
+    const size_t start = (size_t)part_start(s->all, m->rows / BLOCK, s->thread);
+    fetch(m, m->data + start * block_bytes(m) - AHEAD, AHEAD);
 }
 
 /* out [rows, m->rows]: set to the product, or grown by it; for GATE [rows, m->rows / 2] set to

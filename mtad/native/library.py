@@ -44,6 +44,7 @@ class Matrix(ctypes.Structure):
         ("kind", ctypes.c_int32),
         ("rows", ctypes.c_int32),
         ("columns", ctypes.c_int32),
+        ("streamed", ctypes.c_int32),
         ("data", _Pointer),
     )
 

@@ -8,4 +8,4 @@ from mtad.native.packing import Packed
 
 def matrix(packed: Packed) -> Matrix:
     """Of packed weights, which have to outlive it."""
-    return Matrix(packed.kind, packed.rows, packed.columns, packed.data.data_ptr())
+    return Matrix(packed.kind, packed.rows, packed.columns, 0, packed.data.data_ptr())

@@ -20,6 +20,8 @@ from mtad.native.linear import matrix
 from mtad.native.packing import BLOCK, CODES4, FLOAT32, pack
 
 _FIRST_SLOTS = 512
+# Weights of more bytes do not stay in a processor's cache from one pass to the next.
+_STAYING_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,11 @@ class NativeModel:
             norm=self._vector(norm),
             head=packed_head,
         )
+        if self.weight_bytes > _STAYING_BYTES:
+            for one in self._layers:
+                for each in (one.qkv, one.out, one.gate_up, one.down):
+                    each.streamed = 1
+            self.struct.head.streamed = 1
 
     def cache(self, texts: int = 1, slots: int = _FIRST_SLOTS) -> NativeCache:
         """An empty cache for one text, or for several that grow in lockstep."""
