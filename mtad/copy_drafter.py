@@ -101,8 +101,10 @@ class CopyDrafter:
 
     def _begin_tree(self) -> None:
         size = len(self.weights)
-        padded = torch.cat([self._text.new_full((size,), _NO_TOKEN), self._text])
-        self._tails = padded[-size:].unsqueeze(0)
+        tail = self._text[-size:]
+        if tail.shape[0] < size:
+            tail = torch.cat([tail.new_full((size - tail.shape[0],), _NO_TOKEN), tail])
+        self._tails = tail.unsqueeze(0)
         self._tokens = self._text[:0]
 
 

@@ -245,6 +245,8 @@ class Logits:
             shape = (*self.values.shape[:-1], count)
             self._best = values.view(shape), self.tokens_at(places.view(shape))
         values, tokens = self._best
+        if values.shape[-1] == count:
+            return values, tokens
         return values[..., :count], tokens[..., :count]
 
     def log_sums(self) -> Tensor:

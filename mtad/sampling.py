@@ -179,7 +179,9 @@ def token_logprobs(logits: Tensor | Logits, tokens: Tensor, rows: Tensor | None 
     """
     logits = Logits.of(logits)
     if rows is None:
-        rows = torch.arange(tokens.shape[0], device=tokens.device)
+        count = tokens.shape[0]
+        found = logits.values[:count].gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        return found.float() - logits.log_sums()[:count]
     return logits.values[rows, tokens].float() - logits.log_sums()[rows]
 
 

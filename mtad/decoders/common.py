@@ -14,7 +14,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -347,6 +347,9 @@ def _for_rules(config: DecodeConfig) -> DecodeConfig:
     )
 
 
+# Tensors by name; or their sizes, and all their elements one after the other.
+_Packed: TypeAlias = "dict[str, Tensor] | tuple[dict[str, int], Tensor]"
+
 # What a rule sees of a proposal.
 _COLUMNS = "token_ids", "parents", "draft_logprobs", "real"
 
@@ -360,7 +363,6 @@ class _Findings:
         final_token: of the verdict.
         corrects: of the verdict.
         alternatives: how many are recorded at each position.
-        sizes: by name, of what lies one after the other in `packed`.
         packed: see `pack`.
     """
 
@@ -368,12 +370,11 @@ class _Findings:
     final_token: Tensor
     corrects: bool
     alternatives: int
-    sizes: dict[str, int]
-    packed: Tensor
+    packed: _Packed
 
     def to_host(self) -> dict[str, list[float]]:
         """What was packed."""
-        return unpack(self.sizes, self.packed)
+        return unpack(self.packed)
 
 
 def _find(
@@ -394,7 +395,7 @@ def _find(
         for name in ("reference_logprobs", "scores", "thresholds")
         if (value := getattr(verdict, name)) is not None
     }
-    sizes, packed = pack(
+    packed = pack(
         accepted=verdict.accepted,
         final_token=final_token,
         token_ids=proposal.token_ids,
@@ -409,31 +410,41 @@ def _find(
         **optional,
     )
     count = alternative_ids.shape[-1]
-    return _Findings(path, final_token, verdict.corrects, count, sizes, packed)
+    return _Findings(path, final_token, verdict.corrects, count, packed)
 
 
 def to_host(**columns: Tensor) -> dict[str, list[float]]:
     """Reads tensors back in one copy, flattened, under the names they were given."""
-    return unpack(*pack(**columns))
+    return unpack(pack(**columns))
 
 
-def pack(**columns: Tensor) -> tuple[dict[str, int], Tensor]:
-    """The sizes of tensors by name, and all their elements one after the other.
+def pack(**columns: Tensor) -> _Packed:
+    """Tensors by name, so that one copy brings them all to the host.
 
-    float64 holds token ids and float32 values exactly. (On MPS float32 does, for vocabularies
-    under 2^24.)
+    On a device all elements go one after the other into one tensor. float64 holds token ids and
+    float32 values exactly. (On MPS float32 does, for vocabularies under 2^24.)
     """
+    if _on_host(next(iter(columns.values()))):
+        return columns
     flat = {name: column.flatten() for name, column in columns.items()}
     first, *others = flat.values()
-    return {name: column.shape[0] for name, column in flat.items()}, torch.cat(
-        [wide(first), *others]
-    )
+    sizes = {name: column.shape[0] for name, column in flat.items()}
+    return sizes, torch.cat([wide(first), *others])
 
 
-def unpack(sizes: Mapping[str, int], packed: Tensor) -> dict[str, list[float]]:
-    """Reads back what `pack` gave; a name that it was not given is an empty list."""
-    values: list[float] = packed.tolist()
+def _on_host(tensor: Tensor) -> bool:
+    """Whether several reads are no dearer than one."""
+    return tensor.device.type == "cpu"
+
+
+def unpack(packed: _Packed) -> dict[str, list[float]]:
+    """Reads back what `pack` gave, flattened; a name that it was not given is an empty list."""
     host: dict[str, list[float]] = defaultdict(list)
+    if isinstance(packed, dict):
+        host.update((name, column.flatten().tolist()) for name, column in packed.items())
+        return host
+    sizes, together = packed
+    values: list[float] = together.tolist()
     start = 0
     for name, size in sizes.items():
         host[name] = values[start : start + size]
@@ -452,6 +463,8 @@ def prune(
     token_ids = [int(token) for token in host["token_ids"]]
     parents = [int(parent) for parent in host["parents"]]
     new_index = {-1: -1}
+    if not token_ids:
+        return DraftTree(), new_index
     for node, parent in enumerate(parents):
         below_eos = parent >= 0 and token_ids[parent] in eos_ids
         if host["real"][node] and parent in new_index and not below_eos:

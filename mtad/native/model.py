@@ -8,6 +8,7 @@ layers of a draft that has no embedding of its own.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -151,6 +152,11 @@ class NativeModel:
         return own.data_ptr()
 
 
+@functools.cache
+def _taps(layers: tuple[int, ...]) -> Tensor:
+    return torch.tensor(layers, dtype=torch.int32)
+
+
 class NativeCache:
     """Keys and values of one run, and the passes that fill them."""
 
@@ -192,7 +198,7 @@ class NativeCache:
         place = positions.to(torch.int32).contiguous()
         mask = None if visible is None else visible.to(torch.uint8).contiguous()
         out = states.new_empty(rows - skipped, model.head_rows) if logits else None
-        taps = torch.tensor(layers, dtype=torch.int32)
+        taps = _taps(tuple(layers))
         tapped = states.new_empty(rows, len(layers) * model.width) if layers else None
         threads = library.context()
         failed = threads.library.mtad_forward(
