@@ -9,8 +9,7 @@ books only: an engine (`mtad.eager`, `mtad.native`) runs the model.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -74,6 +73,22 @@ class Span:
     end: Any
 
 
+class _Body:
+    """What a span records; a class, since a generator's context costs more than some spans."""
+
+    def __init__(self, name: str, clock: Clock, spans: list[Span]) -> None:
+        self._name = name
+        self._clock = clock
+        self._spans = spans
+
+    def __enter__(self) -> None:
+        self._start = self._clock.mark()
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is None:
+            self._spans.append(Span(self._name, self._start, self._clock.mark()))
+
+
 class Recorder:
     """Collects the spans of one run. `take` gives seconds by name and starts anew.
 
@@ -90,15 +105,12 @@ class Recorder:
         self._on_decode = on_decode
         self._decoding = False
 
-    @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        """Records the body as a span."""
+    def span(self, name: str) -> _Body:
+        """Records the body as a span, unless it raises."""
         if name != "prefill" and not self._decoding:
             self._decoding = True
             self._on_decode()
-        start = self.clock.mark()
-        yield
-        self._spans.append(Span(name, start, self.clock.mark()))
+        return _Body(name, self.clock, self._spans)
 
     def take(self) -> dict[str, float]:
         """Seconds by span name since the last call. The device must have caught up."""

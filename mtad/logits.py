@@ -86,8 +86,8 @@ class Search(Protocol):
     def grow(
         self,
         histories: Histories,
-        values: Tensor,
-        token_ids: Tensor,
+        logits: Logits,
+        top_k: int,
         width: int,
         temperature: float,
         top_p: float,
@@ -99,12 +99,12 @@ class Search(Protocol):
 
         Args:
             histories: of R slots.
-            values: [R, K] logits as for `warp`.
-            token_ids: [R, K] their tokens.
+            logits: [R, V].
+            top_k: how many of a row's largest are left; fewer than the row has.
             width: W of the next step.
             temperature: as for `warp`.
             top_p: as for `warp`.
-            chance: [max(R · K, W)] uniforms, float64.
+            chance: [max(R · top_k, W)] uniforms, float64.
         """
 
 

@@ -94,7 +94,7 @@ def read_best(beams: Beams, config: DecodeConfig) -> tuple[bool, Decision]:
         emitted=tuple(int(token) for token in host["token_ids"][:length]),
         emitted_logprobs=tuple(logprobs),
         final_kind="sampled",
-        alternatives=alternatives(host, beams.alternative_ids.shape[-1])[:length],
+        alternatives=alternatives(host, beams.alternative_ids.shape[-1], length),
     )
 
 

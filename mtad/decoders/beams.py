@@ -8,6 +8,7 @@ never by the slot in which it happens to stand.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,8 +38,9 @@ class Beams(Histories):
     alternative_logprobs: Tensor
 
     @staticmethod
+    @functools.cache
     def root(device: torch.device) -> Beams:
-        """One empty hypothesis."""
+        """One empty hypothesis. Always the same one: nobody writes to it."""
         ids = torch.empty(1, 0, dtype=torch.int64, device=device)
         none = torch.empty(1, 0, device=device)
         joint = wide(torch.zeros(1, device=device))
@@ -116,9 +118,8 @@ class Beams(Histories):
         of whole answers too many.
         """
         if chance is not None and narrows(logits, config) and logits.search.stretches is None:
-            values, token_ids = logits.best(config.top_k)
             found = logits.search.grow(
-                self, values, token_ids, width, config.temperature, config.top_p, chance
+                self, logits, config.top_k, width, config.temperature, config.top_p, chance
             )
             if found is not None:
                 return found

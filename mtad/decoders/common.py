@@ -208,6 +208,8 @@ class State:
 
     def is_eos(self, token_ids: Tensor) -> Tensor:
         """[...] bool."""
+        if len(self.eos_ids) == 1:
+            return token_ids == self.eos
         return (token_ids.unsqueeze(-1) == self.eos).any(-1)
 
     def verify(self, proposal: Proposal) -> Logits:
@@ -292,7 +294,7 @@ class State:
             emitted=tuple(new_tokens),
             emitted_logprobs=tuple(host["emitted_logprobs"][: len(new_tokens)]),
             final_kind=final_kind,
-            alternatives=alternatives(host, found.alternatives)[: len(new_tokens)],
+            alternatives=alternatives(host, found.alternatives, len(new_tokens)),
             target_passes=1,
             target_positions=1 + proposal.token_ids.shape[0],
             draft_passes=draft_passes,
@@ -488,10 +490,11 @@ def prune(
 
 
 def alternatives(
-    host: Mapping[str, list[float]], count: int
+    host: Mapping[str, list[float]], count: int, positions: int
 ) -> tuple[tuple[Alternative, ...], ...]:
-    """The recorded alternatives, `count` a position."""
-    pairs = zip(host["alternative_ids"], host["alternative_logprobs"], strict=True)
+    """The recorded alternatives of the first positions, `count` each."""
+    end = count * positions
+    pairs = zip(host["alternative_ids"][:end], host["alternative_logprobs"][:end], strict=True)
     flat = [Alternative(int(token), logprob) for token, logprob in pairs]
     return tuple(tuple(flat[i : i + count]) for i in range(0, len(flat), count))
 
@@ -502,7 +505,7 @@ def check_finite(model: str, logprobs: Sequence[float]) -> None:
     Raises:
         PairError: a log-probability is NaN.
     """
-    if any(math.isnan(value) for value in logprobs):
+    if math.isnan(sum(logprobs)):  # none of them is +∞, so that only a NaN makes one
         raise PairError(
             f"The {model}'s logits are not numbers (NaN). Load the pair in another dtype, such as"
             ' load_pair(name, dtype="float32").'

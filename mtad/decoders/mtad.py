@@ -43,7 +43,8 @@ def longest_prefix(
 ) -> Verdict:
     """The longest prefix whose joint ratio exceeds τ, and a token from p behind it."""
     length = block.levels
-    target_logprobs = score(logits, config).rows(0, length).logprob_of(block.token_ids)
+    scored = score(logits, config)
+    target_logprobs = scored.rows(0, length).logprob_of(block.token_ids)
     # Padding after an end-of-sequence is never accepted.
     target_logprobs = torch.where(block.real, target_logprobs, -torch.inf)
     accepted = joint_accept_lengths(
@@ -51,11 +52,12 @@ def longest_prefix(
         block.draft_logprobs.unsqueeze(0),
         config.accept_threshold,
     )[0]
+    warped = scored if config.temperature > 0.0 else warp(logits, config)
     return Verdict(
         target_logprobs,
         path=torch.arange(length, device=accepted.device),
         accepted=accepted,
-        final_token=draw(warp(logits, config).row(accepted), chance[0]),
+        final_token=draw(warped.row(accepted), chance[0]),
         reference_logprobs=block.draft_logprobs,
     )
 

@@ -23,7 +23,6 @@ class NativeDraft:
 
     Attributes:
         draft: what it was made from.
-        ends: of the target; the embedding is read.
         model: its layers, and the rows of the target's head.
         weight_bytes: that a pass reads, the rows of the target's head among them.
     """
@@ -51,7 +50,7 @@ class NativeDraft:
         cosines, sines = rotary_tables(1.0 / config.rope_theta**powers, positions)
         kind = FLOAT32 if exact else None
         self.draft = draft
-        self.ends = ends
+        self._ends = ends
         self.model = NativeModel(
             _layers_of(draft),
             draft.norm,
@@ -74,6 +73,13 @@ class NativeDraft:
             *(norm.data_ptr() for norm in floats),
             len(config.target_layers),
         )
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[n] → [n, H] float32, contiguous."""
+        embed = self._ends.embed
+        if type(embed) is torch.nn.Embedding:  # whose call costs more than this lookup
+            return embed.weight.detach().index_select(0, token_ids).float()
+        return embed(token_ids).float().contiguous()
 
     def read_target(self, hidden: Tensor) -> Tensor:
         """The target's hidden states [n, F·H] → the states [n, H] that the draft reads."""

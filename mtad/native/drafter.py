@@ -154,7 +154,7 @@ class NativeDrafter:
             self._exact = 0 if parents is not None else count
             known = min(self._states.shape[0], 1 + self._unread + self._exact)
             self._given[:known] = self._states[:known]
-        embedded = self._native.ends.embed(self._tokens[old:end]).float().contiguous()
+        embedded = self._native.embed(self._tokens[old:end])
         logits = self._given.new_empty(count, self._native.model.head_rows)
         self._cache.reserve(self._cached + end, self._cached + old)
         threads = library.context()

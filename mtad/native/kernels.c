@@ -1176,7 +1176,7 @@ int mtad_read(Context *c, const Draft *draft, const float *hidden, float *to, in
 
 /* ---- wide rows ---------------------------------------------------------------------------- */
 
-#define ROWS_WORTH_THREADS 65536 /* logits */
+#define ROWS_WORTH_THREADS 16384 /* logits */
 
 typedef struct {
     const float *values; /* [rows, columns] */
@@ -1292,10 +1292,14 @@ void mtad_warp(const float *values, int rows, int columns, double temperature, d
 }
 
 typedef struct {
-    const float *values;       /* [rows, columns] as for mtad_warp */
-    const int64_t *candidates; /* [rows, columns] their tokens */
-    const double *chance;      /* uniforms: [rows * columns], or [width] where that is more */
-    int32_t rows, columns;
+    const float *logits;  /* [rows, all] */
+    int64_t stride;       /* floats from row to row */
+    const int64_t *names; /* [all, or one less with `extra`] tokens of the columns; NULL where
+                           * column i is token i */
+    const int64_t *extra; /* [rows] the token of each row's last column; NULL for none */
+    const double *chance; /* uniforms: [rows * columns], or [width] where that is more */
+    int32_t rows, all;
+    int32_t columns; /* so many of the largest of each row are candidates */
     int32_t steps; /* tokens in every hypothesis so far */
     int32_t width; /* hypotheses of the next step */
     double temperature, top_p;
@@ -1314,14 +1318,25 @@ typedef struct {
     double *new_joint;
     uint8_t *new_finished;
     int64_t *came_from;
-    float *choices; /* [rows, columns], overwritten */
+    /* Overwritten: [rows, columns] the largest, their tokens and log-probabilities. */
+    float *values;
+    int64_t *candidates;
+    float *choices;
     double *races;  /* as many as `chance`, overwritten */
 } Growth;
 
-/* A step of beam sampling: `width` distinct continuations, drawn by an exponential race with the
+/* A step of beam sampling over the largest logits of each row: `width` distinct continuations, drawn by an exponential race with the
  * joint probabilities as weights. A finished hypothesis continues to itself alone. Ends of
  * sequences are the caller's. */
-void mtad_grow(const Growth *g) {
+void mtad_grow(Context *c, const Growth *g) {
+    const Rows rows = {g->logits, g->stride, g->rows, g->all, g->columns,
+                       g->values, g->candidates, NULL};
+    mtad_rows(c, &rows);
+    for (int at = 0; g->names && at < g->rows * g->columns; at++) {
+        const int64_t column = g->candidates[at];
+        const int own = g->extra && column == g->all - 1;
+        g->candidates[at] = own ? g->extra[at / g->columns] : g->names[column];
+    }
     const int columns = g->columns, count = g->rows * columns, steps = g->steps;
     mtad_warp(g->values, g->rows, columns, g->temperature, g->top_p, g->choices);
     int broken = 0;

@@ -184,10 +184,13 @@ class Growth(ctypes.Structure):
     """`Growth` of kernels.c."""
 
     _fields_ = (
-        ("values", _Pointer),
-        ("candidates", _Pointer),
+        ("logits", _Pointer),
+        ("stride", ctypes.c_int64),
+        ("names", _Pointer),
+        ("extra", _Pointer),
         ("chance", _Pointer),
         ("rows", ctypes.c_int32),
+        ("all", ctypes.c_int32),
         ("columns", ctypes.c_int32),
         ("steps", ctypes.c_int32),
         ("width", ctypes.c_int32),
@@ -195,6 +198,8 @@ class Growth(ctypes.Structure):
         ("top_p", ctypes.c_double),
         *((f"old_{name}", _Pointer) for name in HISTORIES[:-1]),
         *((f"new_{name}", _Pointer) for name in HISTORIES),
+        ("values", _Pointer),
+        ("candidates", _Pointer),
         ("choices", _Pointer),
         ("races", _Pointer),
     )
@@ -400,7 +405,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
             None,
             (_Pointer, integer, integer, ctypes.c_double, ctypes.c_double, _Pointer),
         ),
-        ("mtad_grow", None, (ctypes.POINTER(Growth),)),
+        ("mtad_grow", None, (_Pointer, ctypes.POINTER(Growth))),
         ("mtad_draw", None, (*[_Pointer] * 3, integer, integer, _Pointer)),
         ("mtad_pick", None, (*[_Pointer] * 3, integer, integer, _Pointer)),
         ("mtad_mix", None, (ctypes.POINTER(Mixture),)),

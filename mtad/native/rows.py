@@ -81,17 +81,18 @@ class NativeSearch:
     def grow(
         self,
         histories: Histories,
-        values: Tensor,
-        token_ids: Tensor,
+        logits: Logits,
+        top_k: int,
         width: int,
         temperature: float,
         top_p: float,
         chance: Tensor,
     ) -> Histories | None:
         """See `Search.grow`."""
-        rows, columns = values.shape
-        if columns > _NARROW:
+        if top_k > _NARROW:
             return None
+        rows, names = _readable(logits.values), logits.columns
+        count, every = rows.shape
         steps = histories.steps
         old = [getattr(histories, name).contiguous() for name in library.HISTORIES[:-1]]
         new = Histories(
@@ -103,18 +104,23 @@ class NativeSearch:
             finished=old[5].new_empty(width),
             came_from=old[0].new_empty(width),
         )
-        values, token_ids = values.contiguous(), token_ids.contiguous()
-        choices, races = torch.empty_like(values), torch.empty_like(chance)
-        library.load().mtad_grow(
+        values, choices = rows.new_empty(2, count, top_k)
+        candidates, races = old[0].new_empty(count, top_k), torch.empty_like(chance)
+        threads = library.context()
+        threads.library.mtad_grow(
+            threads.pointer,
             ctypes.byref(
                 library.Growth(
-                    *(values.data_ptr(), token_ids.data_ptr(), chance.data_ptr()),
-                    *(rows, columns, steps, width, temperature, top_p),
+                    *(rows.data_ptr(), rows.stride(0)),
+                    None if names is None else names.token_ids.data_ptr(),
+                    None if logits.extra is None else logits.extra.data_ptr(),
+                    *(chance.data_ptr(), count, every, top_k, steps, width, temperature, top_p),
                     *(held.data_ptr() for held in old),
                     *(held.data_ptr() for held in vars(new).values()),
+                    *(values.data_ptr(), candidates.data_ptr()),
                     *(choices.data_ptr(), races.data_ptr()),
                 )
-            )
+            ),
         )
         return new
 
