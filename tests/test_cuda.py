@@ -28,7 +28,7 @@ from mtad.cuda.drafter import CudaDrafter
 from mtad.cuda.fused import Fused, Plain, kernels
 from mtad.cuda.llama import CudaLlama, unsupported_reason
 from mtad.cuda.stack import fused
-from mtad.decoders import load_decoder
+from mtad.decoders import common, load_decoder
 from mtad.errors import PairError
 from mtad.hidden_draft import Ends
 from mtad.hidden_drafter import EagerDraft, HiddenDrafter
@@ -444,7 +444,10 @@ def test_weights_and_sizes_of_a_pair() -> None:
 
 @pytest.mark.parametrize("kind", ["model", "hidden"])
 @pytest.mark.parametrize("method", ["autoregressive", "speculative", "mtad", "mtad_tree"])
-def test_one_read_per_target_pass(method: str, kind: str, device: str) -> None:
+def test_one_read_per_target_pass(
+    method: str, kind: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(common, "_on_host", lambda tensor: False)  # as on a device
     pair = pair_of(kind, "cuda", device)
     lm = CachedLM(pair.engine_target)
     generator = torch.Generator(device).manual_seed(0)

@@ -291,7 +291,11 @@ class TestSharedGpu:
         assert workers[0] != os.getpid()
         assert asked == [gpu_seconds(config, 60.0)]
 
-    def test_stop_reaches_across_the_fork_and_keeps_what_was_made(self, pair: ModelPair) -> None:
+    def test_stop_reaches_across_the_fork_and_keeps_what_was_made(self) -> None:
+        # Room for so many tokens that a run cannot end before it is stopped.
+        long = dict(max_position_embeddings=8192)
+        pair = ModelPair(tiny(**long), tiny(seed=1, **long))
+
         def slow(*arguments: Any, **keywords: Any) -> Iterator[Step | Trace]:
             for event in library_stream(*arguments, **keywords):
                 time.sleep(0.05)
@@ -304,7 +308,7 @@ class TestSharedGpu:
             decorate=forking,  # type: ignore[arg-type]
         )
         cancel, seen = threading.Event(), []
-        config = DecodeConfig(max_new_tokens=400, num_draft_tokens=1, temperature=1.5)
+        config = DecodeConfig(max_new_tokens=8000, num_draft_tokens=1, temperature=1.5)
         for event in stream("mtad", None, prompt_ids=[3, 1, 4], config=config, cancel=cancel):
             seen.append(event)
             if len(seen) == 3:
@@ -312,4 +316,4 @@ class TestSharedGpu:
         trace = seen[-1]
         assert isinstance(trace, Trace)
         assert trace.stop_reason == "cancelled"
-        assert 3 <= len(trace.token_ids) < 200
+        assert 3 <= len(trace.token_ids) < 8000

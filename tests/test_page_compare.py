@@ -261,22 +261,28 @@ def test_a_replay_of_thousands_of_blocks_is_smooth(race: str, visit: Any, tmp_pa
     )
     nodes = "document.querySelectorAll('*').length"
     many = page.evaluate(nodes)
-    # By class: to find it by its role Playwright itself walks 50,000 nodes in one long task.
-    board.locator(".mtad-play").evaluate("button => button.click()")
-    page.wait_for_function(
-        "text => document.querySelector('[aria-live=polite]').textContent === text",
-        arg="The replay has ended.",
-        timeout=60_000,
-    )
-    for share in (0.0, 1.0, 0.5):
-        scrub(page, share)
-        page.wait_for_function(
-            "([seen, count]) => eval(seen)().every(shown => shown === count)",
-            arg=[SEEN, round(2000 * share)],
+    # The first replay lays out 50,000 nodes anew; on a busy machine that takes a tenth of a second.
+    for most in (200, 50):
+        page.evaluate(
+            "() => { window.longest = 0;"
+            " document.querySelector('[aria-live=polite]').textContent = ''; }"
         )
-    longest = page.evaluate("window.longest")
-    print(f"longest task of the replay: {longest:.0f} ms; heap {before:.0f} -> {heap():.0f}")
-    assert longest < 100
+        # By class: to find it by its role Playwright itself walks 50,000 nodes in one long task.
+        board.locator(".mtad-play").evaluate("button => button.click()")
+        page.wait_for_function(
+            "text => document.querySelector('[aria-live=polite]').textContent === text",
+            arg="The replay has ended.",
+            timeout=60_000,
+        )
+        for share in (0.0, 1.0, 0.5):
+            scrub(page, share)
+            page.wait_for_function(
+                "([seen, count]) => eval(seen)().every(shown => shown === count)",
+                arg=[SEEN, round(2000 * share)],
+            )
+        longest = page.evaluate("window.longest")
+        print(f"longest task of the replay: {longest:.0f} ms; heap {before:.0f} -> {heap():.0f}")
+        assert longest < most
     assert page.evaluate(nodes) == many
     assert heap() < 1.2 * before + 2e6
 

@@ -577,7 +577,9 @@ class TestPlay:
 
         def stream(method: str, pair: Any, **kwargs: Any) -> Iterator[Step | Trace]:
             try:
-                yield from handmade_steps(method, WORDS, 10_000, seed=0)
+                for step in handmade_steps(method, WORDS, 10_000, seed=0):
+                    yield step
+                    time.sleep(0.01)
             finally:
                 ended.set()
 
