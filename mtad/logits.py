@@ -107,6 +107,23 @@ class Search(Protocol):
             chance: [max(R · top_k, W)] uniforms, float64.
         """
 
+    def sample(
+        self, logits: Logits, top_k: int, temperature: float, top_p: float, uniform: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """A token of each row in one go; None if the engine has no code of its own for it.
+
+        Args:
+            logits: [R, V].
+            top_k: how many of a row's largest are left; fewer than the row has.
+            temperature: as for `warp`.
+            top_p: as for `warp`.
+            uniform: [R], float64, side by side.
+
+        Returns:
+            [R] tokens and their log-probabilities; what they were drawn from, [R, top_k] tokens
+            and warped log-probabilities.
+        """
+
 
 class TorchSearch:
     """See `Search`; on any device."""
@@ -150,6 +167,10 @@ class TorchSearch:
 
     def grow(self, *_: object) -> None:
         """See `Search.grow`."""
+        return None
+
+    def sample(self, *_: object) -> None:
+        """See `Search.sample`."""
         return None
 
 

@@ -16,7 +16,7 @@ from mtad.decoders.common import Proposal, State, Verdict
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.logits import Logits
-from mtad.sampling import Warped, draw, residual, uniforms, warp
+from mtad.sampling import Warped, draw, narrows, residual, uniforms, warp
 from mtad.trace import Decision
 from mtad.verify import leading_run, rejection_ratios
 
@@ -89,6 +89,10 @@ def draw_next(
 
     What is drawn at one position of a block stays until that is drawn again.
     """
+    if narrows(logits, config) and logits.search.stretches is None:
+        found = logits.search.sample(logits, config.top_k, config.temperature, config.top_p, chance)
+        if found is not None:
+            return found
 
     def compute(logits: Logits, chance: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         row = warp(logits, config)

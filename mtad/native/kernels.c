@@ -1291,18 +1291,38 @@ void mtad_warp(const float *values, int rows, int columns, double temperature, d
     }
 }
 
+/* The largest logits of each row with their tokens, and what a draw is made from. */
 typedef struct {
     const float *logits;  /* [rows, all] */
     int64_t stride;       /* floats from row to row */
     const int64_t *names; /* [all, or one less with `extra`] tokens of the columns; NULL where
                            * column i is token i */
     const int64_t *extra; /* [rows] the token of each row's last column; NULL for none */
-    const double *chance; /* uniforms: [rows * columns], or [width] where that is more */
     int32_t rows, all;
-    int32_t columns; /* so many of the largest of each row are candidates */
-    int32_t steps; /* tokens in every hypothesis so far */
-    int32_t width; /* hypotheses of the next step */
+    int32_t columns; /* so many of each row are choices */
     double temperature, top_p;
+    float *values;      /* [rows, columns] the largest, */
+    int64_t *token_ids; /* their tokens */
+    float *logprobs;    /* and warped log-probabilities */
+} Choices;
+
+static void choose(Context *c, const Choices *h) {
+    const Rows rows = {h->logits, h->stride, h->rows, h->all, h->columns,
+                       h->values, h->token_ids, NULL};
+    mtad_rows(c, &rows);
+    for (int at = 0; h->names && at < h->rows * h->columns; at++) {
+        const int64_t column = h->token_ids[at];
+        const int own = h->extra && column == h->all - 1;
+        h->token_ids[at] = own ? h->extra[at / h->columns] : h->names[column];
+    }
+    mtad_warp(h->values, h->rows, h->columns, h->temperature, h->top_p, h->logprobs);
+}
+
+typedef struct {
+    Choices from;         /* [rows, columns], overwritten */
+    const double *chance; /* uniforms: [rows * columns], or [width] where that is more */
+    int32_t steps;        /* tokens in every hypothesis so far */
+    int32_t width;        /* hypotheses of the next step */
     /* Of the hypotheses so far, [rows, steps] and [rows] ... */
     const int64_t *token_ids;
     const float *logprobs;
@@ -1318,34 +1338,23 @@ typedef struct {
     double *new_joint;
     uint8_t *new_finished;
     int64_t *came_from;
-    /* Overwritten: [rows, columns] the largest, their tokens and log-probabilities. */
-    float *values;
-    int64_t *candidates;
-    float *choices;
-    double *races;  /* as many as `chance`, overwritten */
+    double *races; /* as many as `chance`, overwritten */
 } Growth;
 
-/* A step of beam sampling over the largest logits of each row: `width` distinct continuations, drawn by an exponential race with the
+/* A step of beam sampling: `width` distinct continuations, drawn by an exponential race with the
  * joint probabilities as weights. A finished hypothesis continues to itself alone. Ends of
  * sequences are the caller's. */
 void mtad_grow(Context *c, const Growth *g) {
-    const Rows rows = {g->logits, g->stride, g->rows, g->all, g->columns,
-                       g->values, g->candidates, NULL};
-    mtad_rows(c, &rows);
-    for (int at = 0; g->names && at < g->rows * g->columns; at++) {
-        const int64_t column = g->candidates[at];
-        const int own = g->extra && column == g->all - 1;
-        g->candidates[at] = own ? g->extra[at / g->columns] : g->names[column];
-    }
-    const int columns = g->columns, count = g->rows * columns, steps = g->steps;
-    mtad_warp(g->values, g->rows, columns, g->temperature, g->top_p, g->choices);
+    choose(c, &g->from);
+    const int rows = g->from.rows, columns = g->from.columns, steps = g->steps;
+    const int count = rows * columns;
+    float *choices = g->from.logprobs;
     int broken = 0;
-    for (int row = 0; row < g->rows; row++) {
-        float *choices = g->choices + (size_t)row * (size_t)columns;
+    for (int row = 0; row < rows; row++) {
         for (int i = 0; i < columns; i++) {
-            if (g->finished[row]) choices[i] = i ? -INFINITY : 0.0f;
             const int at = row * columns + i;
-            const double weight = g->joint[row] + choices[i];
+            if (g->finished[row]) choices[at] = i ? -INFINITY : 0.0f;
+            const double weight = g->joint[row] + choices[at];
             const double wait = fmax(-log1p(-g->chance[at]), DBL_MIN);
             broken |= weight != weight;
             g->races[at] = weight - log(wait);
@@ -1358,7 +1367,7 @@ void mtad_grow(Context *c, const Growth *g) {
         /* Without a candidate left, the slot is dead; it points anywhere. */
         const int at = best < 0 ? count - 1 : best, row = at / columns;
         const double joint =
-            broken ? NAN : best < 0 ? -INFINITY : g->joint[row] + g->choices[at];
+            broken ? NAN : best < 0 ? -INFINITY : g->joint[row] + choices[at];
         if (best >= 0) g->races[best] = NAN;
         const size_t from = (size_t)row * (size_t)steps, to = (size_t)slot * (size_t)(steps + 1);
         memcpy(g->new_token_ids + to, g->token_ids + from, (size_t)steps * sizeof(int64_t));
@@ -1368,8 +1377,8 @@ void mtad_grow(Context *c, const Growth *g) {
         const int ended = g->finished[row], alive = joint > -INFINITY;
         const size_t last = to + (size_t)steps;
         g->new_token_ids[last] =
-            ended && steps ? g->token_ids[from + (size_t)steps - 1] : g->candidates[at];
-        g->new_logprobs[last] = broken ? NAN : g->choices[at];
+            ended && steps ? g->token_ids[from + (size_t)steps - 1] : g->from.token_ids[at];
+        g->new_logprobs[last] = broken ? NAN : choices[at];
         g->new_nodes[last] = (int64_t)steps * g->width + slot;
         g->new_real[last] = alive && !ended;
         g->new_joint[slot] = joint;
@@ -1378,18 +1387,43 @@ void mtad_grow(Context *c, const Growth *g) {
     }
 }
 
+/* The place at which the cumulative mass of a row passes a share of the whole. */
+static int invert(const double *logprobs, int columns, double share) {
+    double total = 0.0, mass = 0.0;
+    for (int i = 0; i < columns; i++) total += exp(logprobs[i]);
+    int at = 0;
+    for (; at < columns - 1; at++) {
+        mass += exp(logprobs[at]);
+        if (mass > share * total) break;
+    }
+    return at;
+}
+
 /* One token of each row, by inverting its cumulative mass at a uniform. */
 void mtad_draw(const double *logprobs, const int64_t *token_ids, const double *uniform, int rows,
                int columns, int64_t *drawn) {
-    for (int row = 0; row < rows; row++, logprobs += columns, token_ids += columns) {
-        double total = 0.0, mass = 0.0;
-        int at = 0;
-        for (int i = 0; i < columns; i++) total += exp(logprobs[i]);
-        for (; at < columns - 1; at++) {
-            mass += exp(logprobs[at]);
-            if (mass > uniform[row] * total) break;
-        }
-        drawn[row] = token_ids[at];
+    for (int row = 0; row < rows; row++, logprobs += columns, token_ids += columns)
+        drawn[row] = token_ids[invert(logprobs, columns, uniform[row])];
+}
+
+typedef struct {
+    Choices from;
+    const double *uniform; /* [rows] */
+    int64_t *drawn;        /* [rows] */
+    float *picked;         /* [rows] their log-probabilities */
+} Sample;
+
+/* `mtad_draw` from the choices of each row. */
+void mtad_sample(Context *c, const Sample *s) {
+    choose(c, &s->from);
+    const int columns = s->from.columns;
+    double logprobs[columns];
+    for (int row = 0; row < s->from.rows; row++) {
+        const size_t start = (size_t)row * (size_t)columns;
+        for (int i = 0; i < columns; i++) logprobs[i] = s->from.logprobs[start + (size_t)i];
+        const size_t at = start + (size_t)invert(logprobs, columns, s->uniform[row]);
+        s->drawn[row] = s->from.token_ids[at];
+        s->picked[row] = s->from.logprobs[at];
     }
 }
 

@@ -180,28 +180,47 @@ class Mixture(ctypes.Structure):
     )
 
 
-class Growth(ctypes.Structure):
-    """`Growth` of kernels.c."""
+class Choices(ctypes.Structure):
+    """`Choices` of kernels.c."""
 
     _fields_ = (
         ("logits", _Pointer),
         ("stride", ctypes.c_int64),
         ("names", _Pointer),
         ("extra", _Pointer),
-        ("chance", _Pointer),
         ("rows", ctypes.c_int32),
         ("all", ctypes.c_int32),
         ("columns", ctypes.c_int32),
-        ("steps", ctypes.c_int32),
-        ("width", ctypes.c_int32),
         ("temperature", ctypes.c_double),
         ("top_p", ctypes.c_double),
+        ("values", _Pointer),
+        ("token_ids", _Pointer),
+        ("logprobs", _Pointer),
+    )
+
+
+class Growth(ctypes.Structure):
+    """`Growth` of kernels.c."""
+
+    _fields_ = (
+        ("choices", Choices),
+        ("chance", _Pointer),
+        ("steps", ctypes.c_int32),
+        ("width", ctypes.c_int32),
         *((f"old_{name}", _Pointer) for name in HISTORIES[:-1]),
         *((f"new_{name}", _Pointer) for name in HISTORIES),
-        ("values", _Pointer),
-        ("candidates", _Pointer),
-        ("choices", _Pointer),
         ("races", _Pointer),
+    )
+
+
+class Sample(ctypes.Structure):
+    """`Sample` of kernels.c."""
+
+    _fields_ = (
+        ("choices", Choices),
+        ("uniform", _Pointer),
+        ("drawn", _Pointer),
+        ("picked", _Pointer),
     )
 
 
@@ -406,6 +425,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
             (_Pointer, integer, integer, ctypes.c_double, ctypes.c_double, _Pointer),
         ),
         ("mtad_grow", None, (_Pointer, ctypes.POINTER(Growth))),
+        ("mtad_sample", None, (_Pointer, ctypes.POINTER(Sample))),
         ("mtad_draw", None, (*[_Pointer] * 3, integer, integer, _Pointer)),
         ("mtad_pick", None, (*[_Pointer] * 3, integer, integer, _Pointer)),
         ("mtad_mix", None, (ctypes.POINTER(Mixture),)),

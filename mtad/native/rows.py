@@ -91,8 +91,7 @@ class NativeSearch:
         """See `Search.grow`."""
         if top_k > _NARROW:
             return None
-        rows, names = _readable(logits.values), logits.columns
-        count, every = rows.shape
+        choices, _held = _choices(logits, top_k, temperature, top_p)
         steps = histories.steps
         old = [getattr(histories, name).contiguous() for name in library.HISTORIES[:-1]]
         new = Histories(
@@ -104,25 +103,40 @@ class NativeSearch:
             finished=old[5].new_empty(width),
             came_from=old[0].new_empty(width),
         )
-        values, choices = rows.new_empty(2, count, top_k)
-        candidates, races = old[0].new_empty(count, top_k), torch.empty_like(chance)
+        races = torch.empty_like(chance)
         threads = library.context()
         threads.library.mtad_grow(
             threads.pointer,
             ctypes.byref(
                 library.Growth(
-                    *(rows.data_ptr(), rows.stride(0)),
-                    None if names is None else names.token_ids.data_ptr(),
-                    None if logits.extra is None else logits.extra.data_ptr(),
-                    *(chance.data_ptr(), count, every, top_k, steps, width, temperature, top_p),
+                    *(choices, chance.data_ptr(), steps, width),
                     *(held.data_ptr() for held in old),
                     *(held.data_ptr() for held in vars(new).values()),
-                    *(values.data_ptr(), candidates.data_ptr()),
-                    *(choices.data_ptr(), races.data_ptr()),
+                    races.data_ptr(),
                 )
             ),
         )
         return new
+
+    def sample(
+        self, logits: Logits, top_k: int, temperature: float, top_p: float, uniform: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """See `Search.sample`."""
+        if top_k > _NARROW:
+            return None
+        choices, (*_held, token_ids, logprobs) = _choices(logits, top_k, temperature, top_p)
+        drawn, picked = (
+            torch.empty_like(uniform, dtype=torch.int64),
+            logprobs.new_empty(uniform.shape),
+        )
+        threads = library.context()
+        threads.library.mtad_sample(
+            threads.pointer,
+            ctypes.byref(
+                library.Sample(choices, uniform.data_ptr(), drawn.data_ptr(), picked.data_ptr())
+            ),
+        )
+        return drawn, picked, token_ids, logprobs
 
 
 NATIVE_SEARCH = NativeSearch()
@@ -168,6 +182,24 @@ def _read(values: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         ),
     )
     return largest, columns, sums
+
+
+def _choices(
+    logits: Logits, count: int, temperature: float, top_p: float
+) -> tuple[library.Choices, tuple[Tensor, ...]]:
+    """The tensors into which it points must live as long; the last are tokens and log q."""
+    rows, names = _readable(logits.values), logits.columns
+    height, every = rows.shape
+    values, logprobs = rows.new_empty(2, height, count)
+    token_ids = torch.empty(height, count, dtype=torch.int64)
+    choices = library.Choices(
+        *(rows.data_ptr(), rows.stride(0)),
+        None if names is None else names.token_ids.data_ptr(),
+        None if logits.extra is None else logits.extra.data_ptr(),
+        *(height, every, count, temperature, top_p),
+        *(values.data_ptr(), token_ids.data_ptr(), logprobs.data_ptr()),
+    )
+    return choices, (rows, values, token_ids, logprobs)
 
 
 def _readable(values: Tensor) -> Tensor:
