@@ -83,6 +83,22 @@ class Search(Protocol):
     def pick(self, logprobs: Tensor, token_ids: Tensor, tokens: Tensor) -> Tensor:
         """[..., K] log-probabilities and tokens, [...] tokens → [...] theirs, −∞ without."""
 
+    def choose(
+        self, logits: Logits, count: int, temperature: float, top_p: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """`best`, `log_sums` and `warp` in one go; None without code of its own for it.
+
+        Args:
+            logits: [R, V].
+            count: K, fewer than the row has.
+            temperature: as for `warp`.
+            top_p: as for `warp`.
+
+        Returns:
+            [R, K] the largest, descending, and their tokens; [R] log-sums; [R, K] the warped
+            log-probabilities.
+        """
+
     def grow(
         self,
         histories: Histories,
@@ -98,7 +114,7 @@ class Search(Protocol):
         It does what `mtad.growth` does, which says what these are.
 
         Args:
-            histories: of R slots.
+            histories: of R slots, each tensor side by side.
             logits: [R, V].
             top_k: how many of a row's largest are left; fewer than the row has.
             width: W of the next step.
@@ -164,6 +180,10 @@ class TorchSearch:
         """See `Search.pick`."""
         hits = token_ids == tokens.unsqueeze(-1)
         return torch.where(hits, logprobs, -torch.inf).amax(-1)
+
+    def choose(self, *_: object) -> None:
+        """See `Search.choose`."""
+        return None
 
     def grow(self, *_: object) -> None:
         """See `Search.grow`."""
@@ -269,6 +289,17 @@ class Logits:
         if values.shape[-1] == count:
             return values, tokens
         return values[..., :count], tokens[..., :count]
+
+    def choices(self, count: int, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
+        """The tokens of `best` and their warped log-probabilities (`Search.warp`), [..., count]."""
+        if self._best is None and self.values.dim() == 2:
+            found = self.search.choose(self, count, temperature, top_p)
+            if found is not None:
+                values, tokens, self._log_sums, logprobs = found
+                self._best = values, tokens
+                return tokens, logprobs
+        values, tokens = self.best(count)
+        return tokens, self.search.warp(values, temperature, top_p)
 
     def log_sums(self) -> Tensor:
         """[...] log Σ exp of each row, float32: what a logit is above it is log p."""

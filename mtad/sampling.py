@@ -107,8 +107,9 @@ def warp(logits: Tensor | Logits, config: DecodeConfig) -> Warped:
         best = logits.tokens_at(logits.values.argmax(-1, keepdim=True))
         return Warped(best, torch.zeros_like(best, dtype=torch.float32), logits.vocab_size)
     if narrows(logits, config):
-        values, token_ids = logits.best(config.top_k)
-    elif config.top_p < 1.0:
+        token_ids, logprobs = logits.choices(config.top_k, config.temperature, config.top_p)
+        return Warped(token_ids, logprobs, logits.vocab_size, logits.search)
+    if config.top_p < 1.0:
         values, columns = logits.values.float().sort(dim=-1, descending=True, stable=True)
         token_ids = logits.tokens_at(columns)
     else:

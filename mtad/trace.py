@@ -71,6 +71,8 @@ def _check(condition: bool, message: str) -> None:
 
 
 def _check_logprobs(name: str, values: tuple[float, ...]) -> None:
+    if sum(values) < math.inf:  # neither NaN nor +∞ is among them
+        return
     for value in values:
         if math.isnan(value) or value == math.inf:
             raise ValueError(f"{name} holds {value}, but a log-probability is finite or -inf")
@@ -112,7 +114,8 @@ class DraftTree:
         for name in ("scores", "thresholds"):
             _check(len(getattr(self, name)) in (0, size), f"{name} must be empty or have {size}")
         for node, parent in enumerate(self.parents):
-            _check(-1 <= parent < node, f"node {node} has parent {parent}, which is not before it")
+            if not -1 <= parent < node:
+                raise ValueError(f"node {node} has parent {parent}, which is not before it")
         _check_logprobs("draft_logprobs", self.draft_logprobs)
         _check_logprobs("target_logprobs", self.target_logprobs)
 

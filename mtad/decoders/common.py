@@ -388,9 +388,10 @@ def _find(
     # The path along a chain is the chain.
     rows = None if proposal.chain else torch.cat([path.new_zeros(1), path + 1])
     tokens = proposal.token_ids if proposal.chain else proposal.token_ids[path]
-    depths = torch.arange(path.shape[0] + 1, device=path.device)
-    followers = torch.cat([tokens, final_token.view(1)])
-    emitted = torch.where(depths == verdict.accepted, final_token, followers)
+    emitted = final_token.view(1)
+    if path.shape[0]:
+        depths = torch.arange(path.shape[0] + 1, device=path.device)
+        emitted = torch.where(depths == verdict.accepted, final_token, torch.cat([tokens, emitted]))
     alternative_ids, alternative_logprobs = top_alternatives(logits, NUM_ALTERNATIVES, rows)
     optional = {
         name: value
@@ -443,7 +444,9 @@ def unpack(packed: _Packed) -> dict[str, list[float]]:
     """Reads back what `pack` gave, flattened; a name that it was not given is an empty list."""
     host: dict[str, list[float]] = defaultdict(list)
     if isinstance(packed, dict):
-        host.update((name, column.flatten().tolist()) for name, column in packed.items())
+        for name, column in packed.items():
+            if column.numel():
+                host[name] = (column if column.dim() == 1 else column.flatten()).tolist()
         return host
     sizes, together = packed
     values: list[float] = together.tolist()
@@ -454,6 +457,9 @@ def unpack(packed: _Packed) -> dict[str, list[float]]:
     return host
 
 
+_NO_TREE = DraftTree()
+
+
 def prune(
     host: Mapping[str, list[float]], eos_ids: Collection[int]
 ) -> tuple[DraftTree, dict[int, int]]:
@@ -462,11 +468,11 @@ def prune(
     Slots without a node go, and so does what a draft wrote below an end-of-sequence: nothing
     lives there.
     """
+    new_index = {-1: -1}
+    if not host["token_ids"]:
+        return _NO_TREE, new_index
     token_ids = [int(token) for token in host["token_ids"]]
     parents = [int(parent) for parent in host["parents"]]
-    new_index = {-1: -1}
-    if not token_ids:
-        return DraftTree(), new_index
     for node, parent in enumerate(parents):
         below_eos = parent >= 0 and token_ids[parent] in eos_ids
         if host["real"][node] and parent in new_index and not below_eos:

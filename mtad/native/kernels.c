@@ -1304,11 +1304,12 @@ typedef struct {
     float *values;      /* [rows, columns] the largest, */
     int64_t *token_ids; /* their tokens */
     float *logprobs;    /* and warped log-probabilities */
+    float *sums;        /* [rows] log Σ exp of the whole row; NULL for none */
 } Choices;
 
-static void choose(Context *c, const Choices *h) {
+void mtad_choose(Context *c, const Choices *h) {
     const Rows rows = {h->logits, h->stride, h->rows, h->all, h->columns,
-                       h->values, h->token_ids, NULL};
+                       h->values, h->token_ids, h->sums};
     mtad_rows(c, &rows);
     for (int at = 0; h->names && at < h->rows * h->columns; at++) {
         const int64_t column = h->token_ids[at];
@@ -1345,7 +1346,7 @@ typedef struct {
  * joint probabilities as weights. A finished hypothesis continues to itself alone. Ends of
  * sequences are the caller's. */
 void mtad_grow(Context *c, const Growth *g) {
-    choose(c, &g->from);
+    mtad_choose(c, &g->from);
     const int rows = g->from.rows, columns = g->from.columns, steps = g->steps;
     const int count = rows * columns;
     float *choices = g->from.logprobs;
@@ -1415,7 +1416,7 @@ typedef struct {
 
 /* `mtad_draw` from the choices of each row. */
 void mtad_sample(Context *c, const Sample *s) {
-    choose(c, &s->from);
+    mtad_choose(c, &s->from);
     const int columns = s->from.columns;
     double logprobs[columns];
     for (int row = 0; row < s->from.rows; row++) {

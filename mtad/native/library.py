@@ -196,6 +196,7 @@ class Choices(ctypes.Structure):
         ("values", _Pointer),
         ("token_ids", _Pointer),
         ("logprobs", _Pointer),
+        ("sums", _Pointer),
     )
 
 
@@ -424,6 +425,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
             None,
             (_Pointer, integer, integer, ctypes.c_double, ctypes.c_double, _Pointer),
         ),
+        ("mtad_choose", None, (_Pointer, ctypes.POINTER(Choices))),
         ("mtad_grow", None, (_Pointer, ctypes.POINTER(Growth))),
         ("mtad_sample", None, (_Pointer, ctypes.POINTER(Sample))),
         ("mtad_draw", None, (*[_Pointer] * 3, integer, integer, _Pointer)),

@@ -32,6 +32,20 @@ class NativeSearch:
         """See `Search.log_sums`."""
         return _read(values, 0)[2]
 
+    def choose(
+        self, logits: Logits, count: int, temperature: float, top_p: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """See `Search.choose`."""
+        if count > _NARROW:
+            return None
+        sums = torch.empty(logits.values.shape[0])
+        choices, (_, values, token_ids, logprobs) = _choices(
+            logits, count, temperature, top_p, sums
+        )
+        threads = library.context()
+        threads.library.mtad_choose(threads.pointer, ctypes.byref(choices))
+        return values, token_ids, sums, logprobs
+
     def warp(self, values: Tensor, temperature: float, top_p: float) -> Tensor:
         """See `Search.warp`; masses are summed in float64."""
         if values.shape[-1] > _NARROW:
@@ -93,7 +107,7 @@ class NativeSearch:
             return None
         choices, _held = _choices(logits, top_k, temperature, top_p)
         steps = histories.steps
-        old = [getattr(histories, name).contiguous() for name in library.HISTORIES[:-1]]
+        old = [getattr(histories, name) for name in library.HISTORIES[:-1]]
         new = Histories(
             token_ids=old[0].new_empty(width, steps + 1),
             logprobs=old[1].new_empty(width, steps + 1),
@@ -185,7 +199,7 @@ def _read(values: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _choices(
-    logits: Logits, count: int, temperature: float, top_p: float
+    logits: Logits, count: int, temperature: float, top_p: float, sums: Tensor | None = None
 ) -> tuple[library.Choices, tuple[Tensor, ...]]:
     """The tensors into which it points must live as long; the last are tokens and log q."""
     rows, names = _readable(logits.values), logits.columns
@@ -198,6 +212,7 @@ def _choices(
         None if logits.extra is None else logits.extra.data_ptr(),
         *(height, every, count, temperature, top_p),
         *(values.data_ptr(), token_ids.data_ptr(), logprobs.data_ptr()),
+        None if sums is None else sums.data_ptr(),
     )
     return choices, (rows, values, token_ids, logprobs)
 
