@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 from dataclasses import dataclass, field
 
 import torch
@@ -403,6 +404,7 @@ def load_preset(
         notes += (f"Runs through transformers, which is slower. {engine_reason(pair, CUDA)}",)
     pair = dataclasses.replace(pair, engine=chosen, notes=notes + pair.notes)
     _ = pair.engine_target, pair.engine_draft  # packed now, while a reader waits for loading
+    gc.unfreeze()  # what an earlier pair has left goes at the first run of this one: mtad.runner
     return pair
 
 

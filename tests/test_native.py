@@ -17,13 +17,14 @@ import mtad
 from mtad.decoders.beams import Beams
 from mtad.errors import PairError
 from mtad.lm import CachedLM
-from mtad.logits import TORCH_SEARCH, Columns, Logits
+from mtad.logits import TORCH_SEARCH, Columns, Logits, Search
 from mtad.native import library
 from mtad.native.linear import matrix
 from mtad.native.llama import NativeLlama, unsupported_reason
 from mtad.native.packing import CODES4, CODES8, FLOAT32, Packed, pack, unpack
 from mtad.native.rows import NATIVE_SEARCH
 from mtad.processor import cpu_flags
+from mtad.sampling import draw, warp
 from tests.models import tiny
 
 pytestmark = pytest.mark.skipif(
@@ -310,23 +311,47 @@ def test_warp_is_that_of_torch(temperature: float, top_p: float) -> None:
     assert sums[1, 1:].tolist() == pytest.approx([1, 1], abs=1e-6)
 
 
+def rows_of(head: str, values: torch.Tensor, search: Search) -> Logits:
+    """Rows over 9 tokens, or over 9 of 16, or with one of the others copied into them."""
+    proposed = torch.tensor([0, 2, 3, 5, 7, 8, 9, 12, 13])
+    columns = None if head == "whole" else Columns.of(proposed, 16)
+    logits = Logits(values, columns, search=search)
+    if head == "short and a copy":
+        copied = torch.full((values.shape[0],), 4)  # with a third of the mass
+        logits = logits.mixed(copied, torch.full(copied.shape, -0.7))
+    return logits
+
+
+@pytest.mark.parametrize("head", ["whole", "short", "short and a copy"])
+def test_choices_and_tokens_drawn_from_them_are_those_of_torch(head: str) -> None:
+    config = mtad.DecodeConfig(top_k=4, top_p=0.8, temperature=0.7)
+    values, uniforms = 3 * torch.randn(40, 9), torch.rand(40, dtype=torch.float64)
+    theirs, ours = (rows_of(head, values, one) for one in (TORCH_SEARCH, NATIVE_SEARCH))
+    expected, found = warp(theirs, config), warp(ours, config)
+    assert torch.equal(found.token_ids, expected.token_ids)
+    torch.testing.assert_close(found.logprobs, expected.logprobs)
+    torch.testing.assert_close(ours.log_sums(), theirs.log_sums())
+    torch.testing.assert_close(ours.best(3), theirs.best(3))
+    tokens = draw(expected, uniforms)
+    sampled = NATIVE_SEARCH.sample(rows_of(head, values, NATIVE_SEARCH), 4, 0.7, 0.8, uniforms)
+    assert sampled is not None
+    drawn = tokens, expected.logprob_of(tokens), expected.token_ids, expected.logprobs
+    torch.testing.assert_close(sampled, drawn)
+    assert (sampled[3] == -torch.inf).any(), "nothing was filtered out"
+
+
 @pytest.mark.parametrize("head", ["whole", "short", "short and a copy"])
 @pytest.mark.parametrize("width", [1, 4, 13])
 def test_a_step_of_beam_sampling_is_that_of_torch(width: int, head: str) -> None:
     """To the token, past ends of sequences and with slots that stay dead."""
-    proposed = torch.tensor([0, 2, 3, 5, 7, 8, 9, 12, 13])
-    columns = None if head == "whole" else Columns.of(proposed, 16)
     config = mtad.DecodeConfig(top_k=3, top_p=0.8)
     beams: list[Beams] = [Beams.root(torch.device("cpu"))] * 2
     generators = [torch.Generator().manual_seed(7) for _ in beams]
     for step in range(6):
         values = 3 * torch.randn(beams[0].joint.shape[0], 9)
         for at, search in enumerate((TORCH_SEARCH, NATIVE_SEARCH)):
-            logits = Logits(values, columns, search=search)
-            if head == "short and a copy":
-                copied = torch.full((values.shape[0],), 4)  # with a third of the mass
-                logits = logits.mixed(copied, torch.full(copied.shape, -0.7))
-            record = 2 if columns is None else 0  # a draft's are not recorded
+            logits = rows_of(head, values, search)
+            record = 2 if head == "whole" else 0  # a draft's are not recorded
             beams[at] = beams[at].grow(
                 logits, width, config, generators[at], lambda ids: ids % 4 == 0, record=record
             )

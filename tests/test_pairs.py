@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import subprocess
 import sys
@@ -337,7 +338,9 @@ def test_pair_of_two_repositories(preset: Preset) -> None:
 
 
 def test_dtype_reaches_both_models(preset: Preset) -> None:
+    gc.freeze()
     pair = load_preset(preset, device="cpu", dtype="bfloat16")
+    assert not gc.get_freeze_count()  # so that what an earlier pair has left can go
     assert pair.dtype == pair.draft.dtype == torch.bfloat16
 
 

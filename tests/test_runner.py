@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import gc
 import math
 import threading
 import time
@@ -725,6 +726,16 @@ def test_the_warm_up_belongs_to_no_run() -> None:
     passes = fresh.target.count
     mtad.run("mtad", fresh.pair, prompt_ids=PROMPT, config=config(max_new_tokens=2))
     assert fresh.target.count - passes < passes  # the second run has none
+
+
+def test_a_full_collection_leaves_alone_what_was_there_before_the_first_run() -> None:
+    gc.unfreeze()
+    mtad.run("mtad", watch().pair, prompt_ids=PROMPT, config=config(max_new_tokens=2))
+    kept_apart = gc.get_freeze_count()
+    assert kept_apart > 100_000  # torch and transformers
+    # Only once: what many pairs of a program's own leave is collected as ever.
+    mtad.run("mtad", watch().pair, prompt_ids=PROMPT, config=config(max_new_tokens=2))
+    assert gc.get_freeze_count() <= kept_apart
 
 
 # What else stands in a trace

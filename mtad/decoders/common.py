@@ -446,7 +446,7 @@ def unpack(packed: _Packed) -> dict[str, list[float]]:
     if isinstance(packed, dict):
         for name, column in packed.items():
             if column.numel():
-                host[name] = (column if column.dim() == 1 else column.flatten()).tolist()
+                host[name] = column.flatten().tolist()
         return host
     sizes, together = packed
     values: list[float] = together.tolist()
