@@ -164,5 +164,6 @@ class RecordedDrafter:
         return Logits.of(logits).cut(self.vocab_size)
 
     def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
-        """Passed on."""
-        self.drafter.keep(path, target_hidden)
+        """Recorded as "draft": it may read the target's hidden states."""
+        with self._recorder.span("draft"):
+            self.drafter.keep(path, target_hidden)

@@ -7,6 +7,7 @@ token in it is encoded as the characters it consists of and can open no other ro
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -169,6 +170,17 @@ def _render(tokenizer: Any, turns: list[dict[str, str]]) -> str:
     return str(rendered)
 
 
+# What `Detokenizer.piece` has found, so that a run need not find it again.
+_pieces: weakref.WeakKeyDictionary[Any, dict[int, str]] = weakref.WeakKeyDictionary()
+
+
+def _pieces_of(tokenizer: Any) -> dict[int, str]:
+    try:
+        return _pieces.setdefault(tokenizer, {})
+    except TypeError:  # one that has no hash, or that cannot be referred to weakly
+        return {}
+
+
 class Detokenizer:
     """Turns emitted ids into pieces of text whose concatenation is the answer.
 
@@ -179,7 +191,7 @@ class Detokenizer:
     def __init__(self, tokenizer: Any | None, prompt_ids: Sequence[int] = ()) -> None:
         """Starts after the prompt, whose last tokens say whether a space leads."""
         self._tokenizer = tokenizer
-        self._pieces: dict[int, str] = {}
+        self._pieces = {} if tokenizer is None else _pieces_of(tokenizer)
         self._special: frozenset[int] = frozenset()
         self._window: list[int] = []
         self._shown = 0
@@ -191,6 +203,7 @@ class Detokenizer:
             self._window = [t for t in prompt_ids[-8:] if t not in self._special]
             self._shown = len(self._decode(self._window))
             self._anchor = tokenizer("a", add_special_tokens=False)["input_ids"]
+            self._anchor_length = len(self._decode(self._anchor))
 
     def push(self, token_id: int) -> str:
         """The text that an emitted token adds."""
@@ -217,8 +230,7 @@ class Detokenizer:
             if token_id in self._special:
                 text = str(self._tokenizer.convert_ids_to_tokens(token_id))
             else:
-                alone = self._decode(self._anchor)
-                text = self._decode([*self._anchor, token_id])[len(alone) :]
+                text = self._decode([*self._anchor, token_id])[self._anchor_length :]
             self._pieces[token_id] = text
         return self._pieces[token_id]
 

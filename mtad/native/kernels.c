@@ -1239,13 +1239,20 @@ static void best_of_row(const float *from, int columns, int count, float *value,
     }
 }
 
-static float log_sum(const float *from, int columns) {
+static float largest_of(const float *from, int columns) {
     const int whole = columns / LANES * LANES;
-    floats most = broadcast(-INFINITY), sum = {0};
+    floats most = broadcast(-INFINITY);
     for (int i = 0; i < whole; i += LANES) most = larger(load_floats(from + i), most);
     floats rest = broadcast(-INFINITY);
     for (int i = whole; i < columns; i++) rest[i - whole] = from[i];
-    float top = lane_maximum(larger(rest, most));
+    return lane_maximum(larger(rest, most));
+}
+
+/* log Σ exp of a row whose largest value is `top`. */
+static float log_sum(const float *from, int columns, float top) {
+    const int whole = columns / LANES * LANES;
+    floats rest = broadcast(-INFINITY), sum = {0};
+    for (int i = whole; i < columns; i++) rest[i - whole] = from[i];
     for (int i = 0; i < whole; i += LANES) sum += exponential(load_floats(from + i) - top);
     if (whole < columns) sum += exponential(rest - top);
     return top + logf(lane_sum(sum));
@@ -1258,7 +1265,9 @@ static void rows_work(const Seat *s, void *argument) {
         const float *from = r->values + item * r->stride;
         const size_t to = (size_t)item * (size_t)r->count;
         if (r->count) best_of_row(from, r->columns, r->count, r->best + to, r->at + to);
-        if (r->sums) r->sums[item] = log_sum(from, r->columns);
+        if (!r->sums) continue;
+        const float top = r->count ? r->best[to] : largest_of(from, r->columns);
+        r->sums[item] = log_sum(from, r->columns, top);
     }
 }
 
@@ -1482,7 +1491,7 @@ void mtad_mix(const Mixture *m) {
         if (odds == -INFINITY) continue;
         const int64_t place = m->places ? m->places[token] : token;
         if (place == columns) m->extra[row] = token;
-        const float a = to[place], b = log_sum(from, columns) + odds;
+        const float a = to[place], b = log_sum(from, columns, largest_of(from, columns)) + odds;
         to[place] = a > b ? a + log1pf(expf(b - a)) : b + log1pf(expf(a - b));
     }
 }
