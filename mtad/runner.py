@@ -33,7 +33,7 @@ from mtad.hidden_draft import HiddenDraft
 from mtad.iteration_costs import measure_iterations
 from mtad.lm import CachedLM, Recorder, clock_for
 from mtad.metrics import summarize
-from mtad.native import library
+from mtad.native.threads import lent_threads
 from mtad.pairs import EAGER, ModelPair, as_drafter
 from mtad.processor import cpu_name
 from mtad.recording import Scribe, Timing, meter_for, synchronize
@@ -65,7 +65,7 @@ def device_lock(device: torch.device) -> threading.Lock:
 @contextlib.contextmanager
 def decoding(pair: ModelPair) -> Iterator[None]:
     """What holds for the calling thread while it decodes."""
-    lent = contextlib.nullcontext() if pair.engine == EAGER else library.lent_threads()
+    lent = contextlib.nullcontext() if pair.engine == EAGER else lent_threads()
     with torch.inference_mode(), lent:
         yield
 

@@ -18,11 +18,12 @@ from mtad.decoders.beams import Beams
 from mtad.errors import PairError
 from mtad.lm import CachedLM
 from mtad.logits import TORCH_SEARCH, Columns, Logits, Search
-from mtad.native import library
+from mtad.native import abi, library
 from mtad.native.linear import matrix
 from mtad.native.llama import NativeLlama, unsupported_reason
 from mtad.native.packing import CODES4, CODES8, FLOAT32, Packed, pack, unpack
 from mtad.native.rows import NATIVE_SEARCH
+from mtad.native.threads import Context, context, lent_threads
 from mtad.processor import cpu_flags
 from mtad.sampling import draw, warp
 from tests.models import tiny
@@ -54,7 +55,7 @@ def rounded(x: Tensor) -> Tensor:
 
 
 def times(packed: Packed, x: Tensor, flags: tuple[str, ...] | None, threads: int = 2) -> Tensor:
-    context = library.Context(threads, library.load(flags))
+    context = Context(threads, library.load(flags))
     out, weights = x.new_empty(x.shape[0], packed.rows), matrix(packed)
     pointers = ctypes.byref(weights), x.data_ptr(), out.data_ptr()
     assert not context.library.mtad_linear(context.pointer, *pointers, x.shape[0])
@@ -180,7 +181,7 @@ def test_chain_tree_and_token_by_token_agree_to_the_bit(
 ) -> None:
     kernels = library.load(BUILDS[build])
     monkeypatch.setattr(library, "load", lambda: kernels)
-    monkeypatch.setattr(library, "_of_thread", threading.local())
+    monkeypatch.setattr("mtad.native.threads._of_thread", threading.local())
     llama = NativeLlama(tiny_llama(), exact=exact)
     text = torch.randint(VOCABULARY, (size,))
     whole = CachedLM(llama).forward(text).logits
@@ -254,10 +255,10 @@ def test_wide_rows_are_read_as_torch_reads_them(columns: int, count: int, build:
     values = (5 * torch.randn(3, columns + 3))[:, :columns]
     values[1] = values[1].round()  # many equal ones
     values[2, columns // 2] = torch.inf * -1
-    context = library.Context(2, library.load(BUILDS[build]))
+    context = Context(2, library.load(BUILDS[build]))
     best, sums = torch.empty(3, count), torch.empty(3)
     at = torch.empty(3, count, dtype=torch.int64)
-    rows = library.Rows(
+    rows = abi.Rows(
         *(values.data_ptr(), columns + 3, 3, columns, count),
         *(best.data_ptr(), at.data_ptr(), sums.data_ptr()),
     )
@@ -389,13 +390,13 @@ def test_threads_are_lent_to_the_kernels_by_one_thread_alone() -> None:
         thread.join()
 
     try:
-        with library.lent_threads():
+        with lent_threads():
             look()
-            assert library.context().threads == 3
+            assert context().threads == 3
             elsewhere()
         look()
         elsewhere()
-        assert library.context().threads == 3
+        assert context().threads == 3
     finally:
         torch.set_num_threads(before)
     assert seen == [1, 3, 3, 3]

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from mtad.errors import PairError
 from mtad.hidden_draft import NORM_EPS, Ends, HiddenDraft, Layer
-from mtad.native import library
+from mtad.native import abi
 from mtad.native.linear import matrix
 from mtad.native.llama import rotary_tables
 from mtad.native.model import LayerWeights, NativeModel
 from mtad.native.packing import BLOCK, FLOAT32, GROUP, pack
+from mtad.native.threads import context
 
 
 class NativeDraft:
@@ -66,7 +67,7 @@ class NativeDraft:
         floats = [norm.detach() for norm in (draft.read_norm, draft.token_norm, draft.state_norm)]
         self.weight_bytes = self.model.weight_bytes + read.data.numel() + join.data.numel()
         self._kept = (read, join, floats)  # the kernels hold pointers into these
-        self.struct = library.Draft(
+        self.struct = abi.Draft(
             self.model.struct,
             matrix(read),
             matrix(join),
@@ -85,7 +86,7 @@ class NativeDraft:
         """The target's hidden states [n, F·H] → the states [n, H] that the draft reads."""
         hidden = hidden.float().contiguous()
         states = hidden.new_empty(hidden.shape[0], self.model.width)
-        threads = library.context()
+        threads = context()
         failed = threads.library.mtad_read(
             threads.pointer,
             ctypes.byref(self.struct),

@@ -14,9 +14,10 @@ from torch import Tensor
 from mtad.eager import Saved
 from mtad.errors import PairError
 from mtad.logits import Columns, Logits
-from mtad.native import library
+from mtad.native import abi
 from mtad.native.draft import NativeDraft
 from mtad.native.rows import NATIVE_SEARCH
+from mtad.native.threads import context
 
 _CHUNK_TOKENS = 512
 
@@ -157,13 +158,13 @@ class NativeDrafter:
         embedded = self._native.embed(self._tokens[old:end])
         logits = self._given.new_empty(count, self._native.model.head_rows)
         self._cache.reserve(self._cached + end, self._cached + old)
-        threads = library.context()
+        threads = context()
         failed = threads.library.mtad_draft(
             threads.pointer,
             ctypes.byref(self._native.struct),
             ctypes.byref(self._cache.struct),
             ctypes.byref(
-                library.Step(
+                abi.Step(
                     self._cached,
                     old,
                     end - old,

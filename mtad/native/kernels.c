@@ -12,7 +12,7 @@
  *
  * Compiled for the machine that it runs on, with vectors as wide as it has them. AVX-512 VNNI, AVX2
  * and dot products of NEON have their own inner product; everything else is plain C. Knows tensors
- * as pointers and nothing of Python; see `mtad.native.library` for the calls. */
+ * as pointers and nothing of Python; see `mtad.native.abi` for the calls. */
 
 #include <float.h>
 #include <math.h>

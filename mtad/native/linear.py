@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mtad.native.library import Matrix
+from mtad.native.abi import Matrix
 from mtad.native.packing import Packed
 
 

@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtad.native import library
+from mtad.native import abi
 from mtad.native.linear import matrix
 from mtad.native.packing import BLOCK, CODES4, FLOAT32, pack
+from mtad.native.threads import context
 
 _FIRST_SLOTS = 512
 # Weights of more bytes do not stay in a processor's cache from one pass to the next.
@@ -91,14 +92,14 @@ class NativeModel:
         made = [self._layer(layer, kind) for layer in layers]
         self.width = int(norm.shape[0])
         self.num_layers = len(made)
-        self._layers = (library.Layer * len(made))(*made)
+        self._layers = (abi.Layer * len(made))(*made)
         kinds = {each.kind for one in made for each in (one.qkv, one.out, one.gate_up, one.down)}
         self.weights = "float32" if exact else "int4" if kinds == {CODES4} else "int8"
         packed_head = self._matrix(head, kind)
         size = 2 * int(cosines.shape[1])
         self.head_rows = int(head.shape[0])
         self._kv = (kv_heads, size)
-        self.struct = library.Model(
+        self.struct = abi.Model(
             layers=len(made),
             width=self.width,
             heads=heads,
@@ -127,11 +128,11 @@ class NativeModel:
         kv_heads, size = self._kv
         return self.num_layers * texts, kv_heads, slots, size
 
-    def _layer(self, weights: LayerWeights, kind: int | None) -> library.Layer:
+    def _layer(self, weights: LayerWeights, kind: int | None) -> abi.Layer:
         # The kernel multiplies 16 gates with the 16 values that it computes next.
         pairs = [part.view(-1, 1, BLOCK, part.shape[1]) for part in (weights.gate, weights.up)]
         gate_up = torch.cat(pairs, 1).view(-1, weights.gate.shape[1])
-        return library.Layer(
+        return abi.Layer(
             attention_norm=self._vector(weights.attention_norm),
             mlp_norm=self._vector(weights.mlp_norm),
             qkv=self._matrix(weights.qkv, kind),
@@ -140,7 +141,7 @@ class NativeModel:
             down=self._matrix(weights.down, kind),
         )
 
-    def _matrix(self, weight: Tensor, kind: int | None) -> library.Matrix:
+    def _matrix(self, weight: Tensor, kind: int | None) -> abi.Matrix:
         packed = pack(weight, kind)
         self._kept.append(packed.data)
         self.weight_bytes += packed.data.numel()
@@ -200,13 +201,13 @@ class NativeCache:
         out = states.new_empty(rows - skipped, model.head_rows) if logits else None
         taps = _taps(tuple(layers))
         tapped = states.new_empty(rows, len(layers) * model.width) if layers else None
-        threads = library.context()
+        threads = context()
         failed = threads.library.mtad_forward(
             threads.pointer,
             ctypes.byref(model.struct),
             ctypes.byref(self.struct),
             ctypes.byref(
-                library.Pass(
+                abi.Pass(
                     rows,
                     prefix,
                     nodes,
@@ -228,7 +229,7 @@ class NativeCache:
     def move(self, slots: Tensor, start: int) -> None:
         """Moves ascending slots [k] down to start, start + 1, …; what stood there is lost."""
         index = slots.to(torch.int32).contiguous()
-        library.context().library.mtad_move(
+        context().library.mtad_move(
             ctypes.byref(self.model.struct),
             ctypes.byref(self.struct),
             index.data_ptr(),
@@ -265,4 +266,4 @@ class NativeCache:
             keys[:, :, :blocks] = self._keys[:, :, :blocks]
             values[:, :, :used] = self._values[:, :, :used]
         self._keys, self._values, self._slots = keys, values, size
-        self.struct = library.Cache(keys.data_ptr(), values.data_ptr(), size, self.texts)
+        self.struct = abi.Cache(keys.data_ptr(), values.data_ptr(), size, self.texts)

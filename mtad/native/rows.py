@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mtad.histories import Histories
 from mtad.logits import TORCH_SEARCH, Logits, Stretches
-from mtad.native import library
+from mtad.native import abi, library
+from mtad.native.threads import context
 
 # Up to here one call is dearer than its work, and torch makes ten.
 _NARROW = 512
@@ -42,7 +43,7 @@ class NativeSearch:
         choices, (_, values, token_ids, logprobs) = _choices(
             logits, count, temperature, top_p, sums
         )
-        threads = library.context()
+        threads = context()
         threads.library.mtad_choose(threads.pointer, ctypes.byref(choices))
         return values, token_ids, sums, logprobs
 
@@ -107,7 +108,7 @@ class NativeSearch:
             return None
         choices, _held = _choices(logits, top_k, temperature, top_p)
         steps = histories.steps
-        old = [getattr(histories, name) for name in library.HISTORIES[:-1]]
+        old = [getattr(histories, name) for name in abi.HISTORIES[:-1]]
         new = Histories(
             token_ids=old[0].new_empty(width, steps + 1),
             logprobs=old[1].new_empty(width, steps + 1),
@@ -118,11 +119,11 @@ class NativeSearch:
             came_from=old[0].new_empty(width),
         )
         races = torch.empty_like(chance)
-        threads = library.context()
+        threads = context()
         threads.library.mtad_grow(
             threads.pointer,
             ctypes.byref(
-                library.Growth(
+                abi.Growth(
                     *(choices, chance.data_ptr(), steps, width),
                     *(held.data_ptr() for held in old),
                     *(held.data_ptr() for held in vars(new).values()),
@@ -143,11 +144,11 @@ class NativeSearch:
             torch.empty_like(uniform, dtype=torch.int64),
             logprobs.new_empty(uniform.shape),
         )
-        threads = library.context()
+        threads = context()
         threads.library.mtad_sample(
             threads.pointer,
             ctypes.byref(
-                library.Sample(choices, uniform.data_ptr(), drawn.data_ptr(), picked.data_ptr())
+                abi.Sample(choices, uniform.data_ptr(), drawn.data_ptr(), picked.data_ptr())
             ),
         )
         return drawn, picked, token_ids, logprobs
@@ -165,7 +166,7 @@ def mixed(logits: Logits, text: Tensor, tails: Tensor, log_odds: Tensor) -> Logi
     tails = tails.contiguous()
     library.load().mtad_mix(
         ctypes.byref(
-            library.Mixture(
+            abi.Mixture(
                 *(values.data_ptr(), values.stride(0), rows, width),
                 *(text.data_ptr(), tails.data_ptr(), text.shape[0], tails.shape[1]),
                 log_odds.data_ptr(),
@@ -185,11 +186,11 @@ def _read(values: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = values.shape[0]
     largest, sums = values.new_empty(rows, count), values.new_empty(rows)
     columns = torch.empty(rows, count, dtype=torch.int64)
-    threads = library.context()
+    threads = context()
     threads.library.mtad_rows(
         threads.pointer,
         ctypes.byref(
-            library.Rows(
+            abi.Rows(
                 *(values.data_ptr(), values.stride(0), rows, values.shape[1], count),
                 *(largest.data_ptr(), columns.data_ptr(), sums.data_ptr()),
             )
@@ -200,13 +201,13 @@ def _read(values: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _choices(
     logits: Logits, count: int, temperature: float, top_p: float, sums: Tensor | None = None
-) -> tuple[library.Choices, tuple[Tensor, ...]]:
+) -> tuple[abi.Choices, tuple[Tensor, ...]]:
     """The tensors into which it points must live as long; the last are tokens and log q."""
     rows, names = _readable(logits.values), logits.columns
     height, every = rows.shape
     values, logprobs = rows.new_empty(2, height, count)
     token_ids = torch.empty(height, count, dtype=torch.int64)
-    choices = library.Choices(
+    choices = abi.Choices(
         *(rows.data_ptr(), rows.stride(0)),
         None if names is None else names.token_ids.data_ptr(),
         None if logits.extra is None else logits.extra.data_ptr(),

@@ -1,0 +1,249 @@
+"""The kernels' C interface, as ctypes sees it: the structures of kernels.c, and the functions.
+
+Fields stand in the order of the C source; a pointer is an address, and what it points to must live
+as long as the call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+
+from mtad.histories import Histories
+
+_Pointer = ctypes.c_void_p
+
+
+class Matrix(ctypes.Structure):
+    """`Matrix` of kernels.c."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("rows", ctypes.c_int32),
+        ("columns", ctypes.c_int32),
+        ("streamed", ctypes.c_int32),
+        ("data", _Pointer),
+    )
+
+
+class Layer(ctypes.Structure):
+    """`Layer` of kernels.c."""
+
+    _fields_ = (
+        ("attention_norm", _Pointer),
+        ("mlp_norm", _Pointer),
+        ("qkv", Matrix),
+        ("out", Matrix),
+        ("gate_up", Matrix),
+        ("down", Matrix),
+    )
+
+
+class Model(ctypes.Structure):
+    """`Model` of kernels.c."""
+
+    _fields_ = (
+        ("layers", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("heads", ctypes.c_int32),
+        ("kv_heads", ctypes.c_int32),
+        ("head_size", ctypes.c_int32),
+        ("mlp", ctypes.c_int32),
+        ("eps", ctypes.c_float),
+        ("cosines", _Pointer),
+        ("sines", _Pointer),
+        ("layer", ctypes.POINTER(Layer)),
+        ("norm", _Pointer),
+        ("head", Matrix),
+    )
+
+
+class Cache(ctypes.Structure):
+    """`Cache` of kernels.c."""
+
+    _fields_ = (
+        ("keys", _Pointer),
+        ("values", _Pointer),
+        ("capacity", ctypes.c_int64),
+        ("texts", ctypes.c_int32),
+    )
+
+
+class Pass(ctypes.Structure):
+    """`Pass` of kernels.c."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int32),
+        ("prefix", ctypes.c_int32),
+        ("nodes", ctypes.c_int32),
+        ("states", _Pointer),
+        ("positions", _Pointer),
+        ("visible", _Pointer),
+        ("logits", _Pointer),
+        ("skipped", ctypes.c_int32),
+        ("taps", ctypes.c_int32),
+        ("tap_layer", _Pointer),
+        ("tapped", _Pointer),
+    )
+
+
+class Draft(ctypes.Structure):
+    """`Draft` of kernels.c."""
+
+    _fields_ = (
+        ("model", Model),
+        ("read", Matrix),
+        ("join", Matrix),
+        ("read_norm", _Pointer),
+        ("token_norm", _Pointer),
+        ("state_norm", _Pointer),
+        ("taps", ctypes.c_int32),
+    )
+
+
+class Step(ctypes.Structure):
+    """`Step` of kernels.c."""
+
+    _fields_ = (
+        ("prefix", ctypes.c_int32),
+        ("old", ctypes.c_int32),
+        ("rows", ctypes.c_int32),
+        ("position", ctypes.c_int32),
+        ("embedded", _Pointer),
+        ("parents", _Pointer),
+        ("given", _Pointer),
+        ("known", ctypes.c_int32),
+        ("skipped", ctypes.c_int32),
+        ("logits", _Pointer),
+    )
+
+
+# In the order of `Growth` in kernels.c: first what it reads, last what it only writes.
+HISTORIES = tuple(field.name for field in dataclasses.fields(Histories))
+
+
+class Rows(ctypes.Structure):
+    """`Rows` of kernels.c."""
+
+    _fields_ = (
+        ("values", _Pointer),
+        ("stride", ctypes.c_int64),
+        ("rows", ctypes.c_int32),
+        ("columns", ctypes.c_int32),
+        ("count", ctypes.c_int32),
+        ("best", _Pointer),
+        ("at", _Pointer),
+        ("sums", _Pointer),
+    )
+
+
+class Mixture(ctypes.Structure):
+    """`Mixture` of kernels.c."""
+
+    _fields_ = (
+        ("values", _Pointer),
+        ("stride", ctypes.c_int64),
+        ("rows", ctypes.c_int32),
+        ("columns", ctypes.c_int32),
+        ("text", _Pointer),
+        ("tails", _Pointer),
+        ("count", ctypes.c_int32),
+        ("size", ctypes.c_int32),
+        ("odds", _Pointer),
+        ("places", _Pointer),
+        ("absent", ctypes.c_int64),
+        ("mixed", _Pointer),
+        ("extra", _Pointer),
+    )
+
+
+class Choices(ctypes.Structure):
+    """`Choices` of kernels.c."""
+
+    _fields_ = (
+        ("logits", _Pointer),
+        ("stride", ctypes.c_int64),
+        ("names", _Pointer),
+        ("extra", _Pointer),
+        ("rows", ctypes.c_int32),
+        ("all", ctypes.c_int32),
+        ("columns", ctypes.c_int32),
+        ("temperature", ctypes.c_double),
+        ("top_p", ctypes.c_double),
+        ("values", _Pointer),
+        ("token_ids", _Pointer),
+        ("logprobs", _Pointer),
+        ("sums", _Pointer),
+    )
+
+
+class Growth(ctypes.Structure):
+    """`Growth` of kernels.c."""
+
+    _fields_ = (
+        ("choices", Choices),
+        ("chance", _Pointer),
+        ("steps", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        *((f"old_{name}", _Pointer) for name in HISTORIES[:-1]),
+        *((f"new_{name}", _Pointer) for name in HISTORIES),
+        ("races", _Pointer),
+    )
+
+
+class Sample(ctypes.Structure):
+    """`Sample` of kernels.c."""
+
+    _fields_ = (
+        ("choices", Choices),
+        ("uniform", _Pointer),
+        ("drawn", _Pointer),
+        ("picked", _Pointer),
+    )
+
+
+def declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    """Gives the functions of a loaded library their types."""
+    integer = ctypes.c_int
+    for name, result, arguments in (
+        ("mtad_open", _Pointer, (integer,)),
+        ("mtad_close", None, (_Pointer,)),
+        ("mtad_linear", integer, (_Pointer, ctypes.POINTER(Matrix), _Pointer, _Pointer, integer)),
+        (
+            "mtad_forward",
+            integer,
+            (
+                _Pointer,
+                ctypes.POINTER(Model),
+                ctypes.POINTER(Cache),
+                ctypes.POINTER(Pass),
+            ),
+        ),
+        (
+            "mtad_move",
+            None,
+            (ctypes.POINTER(Model), ctypes.POINTER(Cache), _Pointer, integer, integer),
+        ),
+        (
+            "mtad_draft",
+            integer,
+            (_Pointer, ctypes.POINTER(Draft), ctypes.POINTER(Cache), ctypes.POINTER(Step)),
+        ),
+        ("mtad_read", integer, (_Pointer, ctypes.POINTER(Draft), _Pointer, _Pointer, integer)),
+        ("mtad_rows", None, (_Pointer, ctypes.POINTER(Rows))),
+        (
+            "mtad_warp",
+            None,
+            (_Pointer, integer, integer, ctypes.c_double, ctypes.c_double, _Pointer),
+        ),
+        ("mtad_choose", None, (_Pointer, ctypes.POINTER(Choices))),
+        ("mtad_grow", None, (_Pointer, ctypes.POINTER(Growth))),
+        ("mtad_sample", None, (_Pointer, ctypes.POINTER(Sample))),
+        ("mtad_draw", None, (*[_Pointer] * 3, integer, integer, _Pointer)),
+        ("mtad_pick", None, (*[_Pointer] * 3, integer, integer, _Pointer)),
+        ("mtad_mix", None, (ctypes.POINTER(Mixture),)),
+        ("mtad_kernels", ctypes.c_char_p, ()),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
