@@ -17,9 +17,9 @@ from typing import Any
 from mtad.catalogue import MethodInfo, method_info
 from mtad.trace import Alternative, Bound, DraftTree, ModelInfo, Step, Trace
 from mtad.ui.lanes import Lane
+from mtad.ui.pass_charts import TESTS, at, chart, number, passes, ratio_text
 from mtad.ui.steps import DASH, duration, is_block, visible
-from mtad.ui.steps import number as plain_number
-from mtad.ui.what_if import dips, disagreeing, tau_text
+from mtad.ui.what_if import dips, disagreeing
 from mtad.whatif import JOINT_METHODS, node_ratios
 
 # A legitimate draft has 1,024 nodes at most; more of them could not be read anyway.
@@ -28,9 +28,6 @@ MAX_DRAWN = 512
 MAX_EMITTED = 64
 CONTEXT_CHARACTERS = 120
 MAX_PROMPT_CHARACTERS = 4000
-# How far under or over the lines of a chart a point may pull its axis.
-_REACH_NATS = 6.0
-_TESTED = ("speculative", "specinfer", "typical", "bild")
 _KIND_LETTERS = {"accepted": "a", "bonus": "b", "corrected": "c", "sampled": "s"}
 _UNSEEN = {"Cc", "Cf", "Zl", "Zp", "Co", "Cn", "Cs"}
 _NO_DRAFT = {
@@ -41,14 +38,6 @@ _NO_DRAFT = {
     "mtjd": "Joint decoding chooses a block with the target alone and commits it whole. Nothing is"
     " drafted, so there is nothing to accept or to reject.",
 }
-# By method: what its rule compares, as headings: score, threshold, test.
-_TESTS = {
-    "speculative": ("p/q", "drawn u", "p/q > u"),
-    "specinfer": ("p/q", "drawn u", "p/q > u"),
-    "typical": ("p", "threshold", "p > threshold"),
-    "bild": ("log p, unfiltered", "limit", "log p ≥ limit"),
-}
-
 TextsOf = Callable[[Sequence[int]], list[str]]
 
 
@@ -65,15 +54,6 @@ def shown(text: str) -> str:
         for character in core
     ]
     return "␣" * lead + "".join(signs) + "␣" * trail
-
-
-def number(value: float | None, digits: int = 2) -> str:
-    """A figure as everywhere on the page; absurd ones, of a file from anywhere, stay short."""
-    if value is None or math.isnan(value):
-        return DASH
-    if math.isfinite(value) and abs(value) >= 1e6:
-        return f"{value:.1e}".replace("-", "−", 1) if value < 0 else f"{value:.1e}"
-    return plain_number(value, digits)
 
 
 def trace_view(trace: Trace, label: str) -> dict[str, Any]:
@@ -139,12 +119,6 @@ def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def ratio_text(value: float, log_threshold: float) -> str:
-    """A ratio beside log τ, with as many digits as it takes to tell them apart."""
-    near = math.isfinite(value) and abs(value - log_threshold) < 0.015
-    return number(value, 4 if near else 2)
-
-
 def pass_view(
     trace: Trace, index: int, texts_of: TextsOf | None = None, no_gap: str = ""
 ) -> dict[str, Any]:
@@ -171,7 +145,7 @@ def pass_view(
         "rows": rows,
         "hidden": len(tree.token_ids) - len(nodes),
         "final": _final(step),
-        "chart": _chart(trace, step, nodes),
+        "chart": chart(trace, step, nodes),
         "columns": columns(trace.method),
         "alternatives": _alternatives(step),
         "more": max(0, len(step.decision.emitted) - MAX_EMITTED),
@@ -186,7 +160,7 @@ def columns(method: str) -> list[str]:
         return [*own, "log p/q of the prefix", "> log τ"]
     if method == "mtad_tree":
         return [*own, "log p/q to the reference", "> log τ"]
-    return [*own, *_TESTS.get(method, ("score", "threshold", "passed"))]
+    return [*own, *TESTS.get(method, ("score", "threshold", "passed"))]
 
 
 def verdict(trace: Trace, step: Step) -> str:
@@ -293,7 +267,7 @@ def _rows(trace: Trace, info: MethodInfo, step: Step, nodes: Sequence[int]) -> l
             cells.append(ratio_text(ratios[node], math.log(trace.config.accept_threshold)))
         else:
             passed = passes(tree, node, trace.method)
-            cells += [number(_at(tree.scores, node)), number(_at(tree.thresholds, node))]
+            cells += [number(at(tree.scores, node)), number(at(tree.thresholds, node))]
         rows.append(
             {
                 "t": shown(step.node_texts[node]),
@@ -360,129 +334,6 @@ def _final(step: Step) -> list[list[str]]:
 # ------------------------------------------------------------------ what the rule compared
 
 
-def passes(tree: DraftTree, node: int, method: str) -> bool | None:
-    """Whether a node passed its own test; None if it was not tested."""
-    score, threshold = _at(tree.scores, node), _at(tree.thresholds, node)
-    if score is None or threshold is None:
-        return None
-    return score >= threshold if method == "bild" else score > threshold
-
-
-def _chart(trace: Trace, step: Step, nodes: Sequence[int]) -> dict[str, Any] | None:
-    tree = step.decision.tree
-    if not nodes:
-        return None
-    if trace.method in JOINT_METHODS:
-        return _ratio_chart(trace, step, nodes)
-    if trace.method in _TESTED and any(score is not None for score in tree.scores):
-        return _test_chart(trace, step, nodes)
-    return None
-
-
-def _ratio_chart(trace: Trace, step: Step, nodes: Sequence[int]) -> dict[str, Any]:
-    """The joint ratio along every path, against depth, with the line log τ."""
-    decision, tree = step.decision, step.decision.tree
-    log_tau = math.log(trace.config.accept_threshold)
-    ratios = node_ratios(decision)
-    place = {node: row for row, node in enumerate(nodes)}
-    inner = {tree.parents[node] for node in nodes}
-    leaves = [node for node in nodes if node not in inner]
-    finite = [ratios[node] for node in nodes if math.isfinite(ratios[node])]
-    lines = (0.0, log_tau)
-    low = max(min((*finite, *lines)), min(lines) - _REACH_NATS)
-    high = min(max((*finite, *lines)), max(lines) + _REACH_NATS)
-    margin = 0.1 * (high - low) or 1.0
-    length = decision.accepted_length
-    ends = {0: "no prefix passes", 1: "longest passing prefix: 1 token"}
-    return {
-        "kind": "ratio",
-        "low": round(low - margin, 4),
-        "high": round(high + margin, 4),
-        "log_tau": round(log_tau, 4),
-        "line": f"log τ = {number(log_tau)} (τ = {tau_text(trace.config.accept_threshold)})",
-        "values": [_plot(ratios[node]) for node in nodes],
-        "labels": [ratio_text(ratios[node], log_tau) for node in nodes],
-        "curves": [[place[node] for node in tree.path_to(leaf)] for leaf in leaves],
-        "chosen": [place[node] for node in decision.path if node in place],
-        "depth": tree.depth,
-        "end": length,
-        "end_text": ends.get(length, f"longest passing prefix: {length} tokens"),
-        "dips": dips(decision, trace.config),
-        "reference": _reference_leaf(step, place),
-    }
-
-
-def _reference_leaf(step: Step, place: dict[int, int]) -> int:
-    """The row of the leaf whose log q the threshold was measured against; −1 if not found."""
-    decision, tree = step.decision, step.decision.tree
-    if is_block(tree):
-        return -1
-    depth = len(decision.reference_logprobs)
-    for node, row in place.items():
-        if tree.depths[node] == depth:
-            path = tree.path_to(node)
-            if tuple(tree.draft_logprobs[k] for k in path) == decision.reference_logprobs:
-                return row
-    return -1
-
-
-def _test_chart(trace: Trace, step: Step, nodes: Sequence[int]) -> dict[str, Any]:
-    """Score against threshold, one pair a tested node, by depth."""
-    tree = step.decision.tree
-    score_name, threshold_name, test = _TESTS[trace.method]
-    items, values = [], []
-    for row, node in enumerate(nodes):
-        score, threshold = _at(tree.scores, node), _at(tree.thresholds, node)
-        tested = score is not None and threshold is not None
-        if not tested and not is_block(tree):
-            continue
-        pair = [_scaled(score, trace.method), _scaled(threshold, trace.method)] if tested else []
-        values += [value for value in pair if value is not None and math.isfinite(value)]
-        items.append(
-            {
-                "row": row,
-                "d": tree.depths[node],
-                "score": _plot(pair[0]) if pair else None,
-                "threshold": _plot(pair[1]) if pair else None,
-                "st": number(score) if tested else "",
-                "tt": number(threshold) if tested else "",
-                "v": passes(tree, node, trace.method),
-            }
-        )
-    low, high, ticks = _scale(trace.method, values)
-    return {
-        "kind": "tests",
-        "score": score_name,
-        "threshold": threshold_name,
-        "test": test,
-        "bars": trace.method in ("speculative", "specinfer"),
-        "low": low,
-        "high": high,
-        "ticks": ticks,
-        "items": items,
-        "depth": tree.depth,
-    }
-
-
-def _scaled(value: float | None, method: str) -> float | None:
-    """Where a figure stands on the axis: probabilities of `typical` by their logarithm."""
-    if value is None or method != "typical":
-        return value
-    return math.log10(value) if value > 0 else -math.inf
-
-
-def _scale(method: str, values: Sequence[float]) -> tuple[float, float, list[list[Any]]]:
-    """Ends and ticks of the axis."""
-    if method in ("speculative", "specinfer"):
-        return 0.0, 1.0, [[0.0, "0"], [0.5, "0.5"], [1.0, "1"]]
-    if method == "typical":
-        low = max(-6.0, min(-2.0, math.floor(min(values, default=-2.0))))
-        return low, 0.0, [[float(k), f"{10.0**k:g}"] for k in range(int(low), 1)]
-    low = max(min(values, default=-5.0), -40.0) * 1.12 - 0.5
-    step = max(1, round(-low / 5))
-    return round(low, 3), 0.0, [[float(k), number(k, 0)] for k in range(0, int(low) - 1, -step)]
-
-
 def _joint_verdict(trace: Trace, step: Step) -> str:
     decision = step.decision
     length, depth = decision.accepted_length, decision.tree.depth
@@ -526,13 +377,13 @@ def _test_verdict(trace: Trace, step: Step) -> str:
         and tree.depths[node] == length + 1
         and tree.parents[node] == (decision.path[-1] if decision.path else -1)
     ]
-    _, _, test = _TESTS.get(trace.method, ("", "", "the test"))
+    _, _, test = TESTS.get(trace.method, ("", "", "the test"))
     if not failed:
         if length == tree.depth:
             return f"Every offered depth passes its test ({test}): the whole draft is accepted."
         return f"{length} of {tree.depth} offered tokens are accepted."
     node = failed[-1]
-    score, threshold = number(_at(tree.scores, node)), number(_at(tree.thresholds, node))
+    score, threshold = number(at(tree.scores, node)), number(at(tree.thresholds, node))
     where = f"at depth {length + 1}"
     if trace.method == "speculative":
         return (
@@ -658,16 +509,3 @@ def _sums(tree: DraftTree, logprobs: Sequence[float]) -> list[float]:
     for parent, logprob in zip(tree.parents, logprobs, strict=True):
         sums.append(logprob if parent < 0 else sums[parent] + logprob)
     return sums
-
-
-def _at(values: Sequence[float | None], node: int) -> float | None:
-    return values[node] if node < len(values) else None
-
-
-def _plot(value: float | None) -> float | str | None:
-    """A figure for the drawing: JSON has no infinities."""
-    if value is None or math.isnan(value):
-        return None
-    if math.isinf(value):
-        return "inf" if value > 0 else "-inf"
-    return round(value, 4)
