@@ -58,7 +58,7 @@ from mtad.terminal import clean, console
 METHODS = "autoregressive,speculative,mtad,mtad_tree,specinfer"
 PROMPTS = 16
 # Rounds of cost measurements, so many at a time.
-_COST_PARTS, _COST_ROUNDS = 5, 5
+_COST_PARTS, _COST_ROUNDS = 16, 3
 
 
 @dataclass

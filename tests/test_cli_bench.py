@@ -139,7 +139,7 @@ def test_one_command_times_every_row(talking: list[str], tmp_path: Path) -> None
         assert result.stdout.count(row) == 3, row
     for said in ("48 of 48 runs (prompts: 6", "γ 4, W 4, τ 0.3, k-config 4,2,2", "a tiny pair"):
         assert said in result.stdout, said
-    for said in ("GB/s", "Gop/s: float32", "bfloat16", "medians of 25", "torch", "first pass"):
+    for said in ("GB/s", "Gop/s: float32", "bfloat16", "medians of 48", "torch", "first pass"):
         assert said in result.stdout, said
     assert "48/48 " in result.stderr and "min left" in result.stderr
     assert "Measuring what the machine can do." in result.stderr
@@ -159,7 +159,7 @@ def test_the_json_file_holds_everything(talking: list[str], tmp_path: Path) -> N
     assert saved["rates"]["read_bytes_per_second"] > 0
     assert set(saved["rates"]["operations_per_second"]) == {"float32", "bfloat16"}
     assert saved["costs_seconds"]["target"]["1"] > 0
-    assert saved["costs_seconds"]["rounds"] == 25, "measured before the runs and four times between"
+    assert saved["costs_seconds"]["rounds"] == 48, "measured before the runs and fifteen times between"
     assert saved["failures"] == {}
     found = {row["line"]["setting"]["method"]: row for row in saved["rows"]}
     assert set(found) == {*GENERATE.values(), ASSISTED, "autoregressive", "mtad"}
