@@ -159,7 +159,7 @@ def test_the_json_file_holds_everything(talking: list[str], tmp_path: Path) -> N
     assert saved["rates"]["read_bytes_per_second"] > 0
     assert set(saved["rates"]["operations_per_second"]) == {"float32", "bfloat16"}
     assert saved["costs_seconds"]["target"]["1"] > 0
-    assert saved["costs_seconds"]["rounds"] == 48, "measured before the runs and fifteen times between"
+    assert saved["costs_seconds"]["rounds"] == 48, "before the runs and 15 times between"
     assert saved["failures"] == {}
     found = {row["line"]["setting"]["method"]: row for row in saved["rows"]}
     assert set(found) == {*GENERATE.values(), ASSISTED, "autoregressive", "mtad"}
