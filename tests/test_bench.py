@@ -398,6 +398,19 @@ def test_predictions() -> None:
     assert table(runs, MTAD)[0].predicted is None
 
 
+def test_what_is_predicted_of_all_tokens_is_measured_of_all_tokens() -> None:
+    """One answer of three that repeats itself is fast: it lifts tokens a pass, and no median."""
+    runs = [made(PLAIN, task, 1.0) for task in "abc"]
+    runs += [made(MTAD, "a", 1.0), made(MTAD, "b", 1.0), made(MTAD, "c", 0.25, tokens=40)]
+    runs[-1] = dataclasses.replace(runs[-1], timed_tokens=40)
+    found = table(runs, PLAIN, MTAD, costs=COSTS)[1]
+    assert found.times_autoregressive is not None and found.times_autoregressive.value == 1.0
+    assert found.predicted is not None and found.measured_over_predicted is not None
+    slow, fast = runs[0].timed_tokens, 40
+    speedup = (2 * slow + fast) / 2.25 / slow
+    assert found.measured_over_predicted == pytest.approx(speedup / found.predicted)
+
+
 def test_a_length_that_adapts_is_predicted_by_its_mean_verification() -> None:
     adapts = Setting("mtad", "auto", 0.5)
     costs = dataclasses.replace(

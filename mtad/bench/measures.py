@@ -95,7 +95,8 @@ class Row:
         verify_share: in the target.
         other_share: outside of both models.
         predicted: how much faster than `autoregressive` by tokens a pass and measured costs.
-        measured_over_predicted: `times_autoregressive` / `predicted`.
+        measured_over_predicted: the speed-up of all tokens together / `predicted`, whose tokens a
+            pass are those of all together.
         target_pass: the mean pass of the target against its limit.
         draft_step: the mean pass of the draft.
     """
@@ -175,17 +176,29 @@ def rows(
     def finish(row: Row) -> Row:
         setting, own = row.line.setting, found[row.line.setting]
         expected = predict(quality[setting], config, costs, mean_rows(own))
-        measured = row.times_autoregressive
+        measured = _speedup(own, plain)
         shape, draft = (targets or {}).get(setting), (drafts or {}).get(setting)
         return dataclasses.replace(
             row,
             predicted=expected,
-            measured_over_predicted=measured.value / expected if measured and expected else None,
+            measured_over_predicted=measured / expected if measured and expected else None,
             target_pass=_target_pass(own, shape, machine, row.line.dtype),
             draft_step=_draft_step(own, draft, machine, row.line.dtype, config),
         )
 
     return [finish(row_of(line)) if line in shown else Row(line) for line in lines]
+
+
+def _speedup(own: Runs, plain: Runs) -> float | None:
+    """Tokens a second over those of `plain`, each of all tokens together, where both have run."""
+    both = own.keys() & plain.keys()
+
+    def rate(runs: Runs) -> float | None:
+        seconds = math.fsum(runs[key].record.decode_seconds for key in both)
+        return ratio(sum(runs[key].timed_tokens for key in both), seconds)
+
+    fast, slow = rate(own), rate(plain)
+    return fast / slow if fast and slow else None
 
 
 def pool(own: Runs) -> list[Record]:
