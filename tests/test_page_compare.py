@@ -262,7 +262,7 @@ def test_a_replay_of_thousands_of_blocks_is_smooth(race: str, visit: Any, tmp_pa
     nodes = "document.querySelectorAll('*').length"
     many = page.evaluate(nodes)
     # The first replay lays out 50,000 nodes anew; on a busy machine that takes a tenth of a second.
-    for most in (200, 50):
+    for most in (200, 100):
         page.evaluate(
             "() => { window.longest = 0;"
             " document.querySelector('[aria-live=polite]').textContent = ''; }"
