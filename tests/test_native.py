@@ -207,6 +207,24 @@ def test_chain_tree_and_token_by_token_agree_to_the_bit(
     assert torch.equal(grown.forward(text[10:]).logits, whole[10:])
 
 
+def test_the_default_type_of_torch_changes_nothing() -> None:
+    """transformers sets it for all threads while it loads a model in bfloat16."""
+    llama, text = NativeLlama(tiny_llama()), torch.randint(VOCABULARY, (40,))
+    expected = CachedLM(llama).forward(text).logits
+    config = mtad.DecodeConfig(top_k=4)
+    rows = warp(Logits(expected, search=NATIVE_SEARCH), config)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = CachedLM(llama).forward(text).logits
+        again = Logits(found, search=NATIVE_SEARCH)
+        warped, sums = warp(again, config), again.log_sums()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected) and sums.dtype == torch.float32
+    assert torch.equal(warped.token_ids, rows.token_ids)
+    assert torch.equal(warped.logprobs, rows.logprobs)
+
+
 def test_a_cache_that_grows_loses_nothing() -> None:
     llama = NativeLlama(tiny_llama(), exact=True)
     text = torch.randint(VOCABULARY, (1100,))

@@ -97,8 +97,9 @@ class NativeDrafter:
         self._cached = cached
         self._position = position  # in the text, of an entry right below the prefix
         self._tokens = self._parents = torch.empty(0, dtype=torch.int64)
-        self._given = torch.empty(0, self._width)  # of the prefix, then of each entry
-        self._states = torch.zeros(0 if position else 1, self._width)  # the target's, from there
+        self._given = _floats(0, self._width)  # of the prefix, then of each entry
+        # The target's, from there: zeros before the first token of a text.
+        self._states = _floats(0 if position else 1, self._width).zero_()
         self._begin(self._tokens)
 
     def _commit(self, token_ids: Tensor) -> None:
@@ -191,5 +192,10 @@ class NativeDrafter:
         size, old = 2 * entries + 64, size
         tokens, parents, given = self._tokens, self._parents, self._given
         self._tokens, self._parents = torch.empty(2, size, dtype=torch.int64)
-        self._given = torch.empty(size, self._width)
+        self._given = _floats(size, self._width)
         self._tokens[:old], self._parents[:old], self._given[:old] = tokens, parents, given
+
+
+def _floats(rows: int, width: int) -> Tensor:
+    """Not of torch's default type, which another thread changes while it loads a model."""
+    return torch.empty(rows, width, dtype=torch.float32)

@@ -165,7 +165,7 @@ class NativeCache:
         self.model = model
         self.texts = texts
         self._slots = 0
-        self._keys = self._values = torch.empty(0)
+        self._keys = self._values = torch.empty(0, dtype=torch.float32)
         self.reserve(slots, 0)
 
     def forward(
@@ -259,8 +259,10 @@ class NativeCache:
         shape = self.model.cache_shape(self.texts, size)
         first, heads, _, head_size = shape
         # Keys lie in blocks of 16 slots, so that a run of slots is a run of blocks.
-        keys = torch.empty(first, heads, size // BLOCK, head_size * BLOCK)
-        values = torch.empty(shape)
+        # Not of torch's default type, which another thread changes while it loads a model.
+        in_blocks = first, heads, size // BLOCK, head_size * BLOCK
+        keys = torch.empty(in_blocks, dtype=torch.float32)
+        values = torch.empty(shape, dtype=torch.float32)
         if used:
             blocks = -(-used // BLOCK)
             keys[:, :, :blocks] = self._keys[:, :, :blocks]

@@ -39,7 +39,7 @@ class NativeSearch:
         """See `Search.choose`."""
         if count > _NARROW:
             return None
-        sums = torch.empty(logits.values.shape[0])
+        sums = torch.empty(logits.values.shape[0], dtype=torch.float32)
         choices, (_, values, token_ids, logprobs) = _choices(
             logits, count, temperature, top_p, sums
         )
@@ -140,10 +140,8 @@ class NativeSearch:
         if top_k > _NARROW:
             return None
         choices, (*_held, token_ids, logprobs) = _choices(logits, top_k, temperature, top_p)
-        drawn, picked = (
-            torch.empty_like(uniform, dtype=torch.int64),
-            logprobs.new_empty(uniform.shape),
-        )
+        drawn = torch.empty_like(uniform, dtype=torch.int64)
+        picked = logprobs.new_empty(uniform.shape)
         threads = context()
         threads.library.mtad_sample(
             threads.pointer,
