@@ -117,7 +117,7 @@ class Beams(Histories):
         A stretch belongs to one number of steps: of draft blocks there are few, and of the lengths
         of whole answers too many.
         """
-        if chance is not None and narrows(logits, config) and logits.search.stretches is None:
+        if chance is not None and narrows(logits, config):
             found = logits.search.grow(
                 self, logits, config.top_k, width, config.temperature, config.top_p, chance
             )

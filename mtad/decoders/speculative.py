@@ -89,7 +89,7 @@ def draw_next(
 
     What is drawn at one position of a block stays until that is drawn again.
     """
-    if narrows(logits, config) and logits.search.stretches is None:
+    if narrows(logits, config):
         found = logits.search.sample(logits, config.top_k, config.temperature, config.top_p, chance)
         if found is not None:
             return found

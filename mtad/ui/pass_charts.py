@@ -25,7 +25,6 @@ TESTS = {
 }
 # How far under or over the lines of a chart a point may pull its axis.
 _REACH_NATS = 6.0
-_WITH_TESTS = ("speculative", "specinfer", "typical", "bild")
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -58,7 +57,7 @@ def chart(trace: Trace, step: Step, nodes: Sequence[int]) -> dict[str, Any] | No
         return None
     if trace.method in JOINT_METHODS:
         return _ratio_chart(trace, step, nodes)
-    if trace.method in _WITH_TESTS and any(score is not None for score in tree.scores):
+    if trace.method in TESTS and any(score is not None for score in tree.scores):
         return _test_chart(trace, step, nodes)
     return None
 
