@@ -155,6 +155,8 @@ def _draft(
         lambda token_ids: wide.embed(token_ids)[..., :width],
         wide.head[:, :width].contiguous(),
         wide.bias,
+        wide.whole[:, :width],
+        wide.whole_bias,
     )
     runnable = ready_draft(draft, ends, inspection.context_length(model), engine)
     drafter = hidden_drafter(runnable, pair.vocab_size)

@@ -2,9 +2,8 @@
 
 Small models repeat their prompts and themselves. Where the last n tokens of a branch have
 occurred in the text, the token that followed them there gets a share of q that grows with n; the
-rest of q stays the draft's. It costs no pass and no training, and reaches tokens that a draft
-with a short head cannot propose. The idea is prompt lookup's (Saxena 2023), but as a part of
-q, so that every acceptance rule stays what it is.
+rest of q stays the draft's. It costs no pass and no training. The idea is prompt lookup's (Saxena
+2023), but as a part of q, so that every acceptance rule stays what it is.
 """
 
 from __future__ import annotations
@@ -110,6 +109,8 @@ class CopyDrafter:
 
 def mixed(logits: Logits, text: Tensor, tails: Tensor, log_odds: Tensor) -> Logits:
     """Rows that propose with a share of their mass what follows the longest match.
+
+    A row stays as it is if that token has no column.
 
     Args:
         logits: [R, V].

@@ -4,8 +4,8 @@ The idea is EAGLE's (Li et al., arXiv 2401.15077 and 2503.01840). To say what fo
 the draft reads the embedding of token s and what the target thought while it read token s − 1;
 below a token that the target has not read yet, its own last state stands in for the target's.
 Embedding and head are the target's and frozen, so that neither is stored; the head is cut to
-the most frequent tokens (q = 0 elsewhere), since a head over all of them would cost more than
-the layers.
+the most frequent tokens and those that stand in the text (q = 0 elsewhere), since a head over all
+of them would cost more than the layers. A rare token that has come once comes again.
 
 Pure shapes and arithmetic: files are in `mtad.draft_files`, the walk along a tree of tokens in
 `mtad.draft`.
@@ -13,6 +13,7 @@ Pure shapes and arithmetic: files are in `mtad.draft_files`, the walk along a tr
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mtad.fields import FieldCheck, is_number, is_whole
+from mtad.logits import NO_COLUMN, Columns
 
 NORM_EPS = 1e-5
 _MAX_WIDTH = 65_536
@@ -149,7 +151,7 @@ class HiddenDraft(nn.Module):
 
     Attributes:
         config: the shape.
-        token_ids: [K] int64, ascending: the tokens that the draft can propose.
+        token_ids: [K] int64, ascending: the tokens that the draft can propose in any text.
     """
 
     token_ids: Tensor
@@ -233,21 +235,72 @@ class Ends:
 
     Attributes:
         embed: [n] token ids → [n, H].
-        head: [K, H], the head's rows for the tokens that the draft can propose.
+        head: [K, H], the head's rows for the tokens that the draft can always propose.
         bias: [K], or None.
+        whole: [V, H], all rows of the head, wherever the target has them.
+        whole_bias: [V], or None.
     """
 
     embed: Callable[[Tensor], Tensor]
     head: Tensor
     bias: Tensor | None
+    whole: Tensor
+    whole_bias: Tensor | None
 
     @staticmethod
     def of(target: PreTrainedModel, token_ids: Tensor) -> Ends:
         """Takes the rows of [K] tokens from a target's head."""
         output = target.get_output_embeddings()
         bias = getattr(output, "bias", None)
+        whole, whole_bias = output.weight.detach(), None if bias is None else bias.detach()
         return Ends(
             target.get_input_embeddings(),
-            output.weight.detach()[token_ids.to(output.weight.device)].to(token_ids.device),
-            None if bias is None else bias.detach()[token_ids.to(bias.device)].to(token_ids.device),
+            _picked(whole, token_ids),
+            None if whole_bias is None else _picked(whole_bias, token_ids),
+            whole,
+            whole_bias,
         )
+
+    def with_rows(self, token_ids: Tensor) -> Ends:
+        """The same with the rows of [n] more tokens behind the K."""
+        head, bias = self.rows(token_ids)
+        return dataclasses.replace(
+            self,
+            head=torch.cat([self.head, head]),
+            bias=None if self.bias is None or bias is None else torch.cat([self.bias, bias]),
+        )
+
+    def rows(self, token_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The head's rows [n, H] of any tokens [n], and their biases [n] or None."""
+        bias = None if self.whole_bias is None else _picked(self.whole_bias, token_ids)
+        return _picked(self.whole, token_ids), bias
+
+
+class Proposed:
+    """What a draft can propose in a text: its K tokens, and all others that have come in it.
+
+    Attributes:
+        columns: of its logits; None where the K are the whole vocabulary.
+        more: [E] the tokens of the columns behind the K.
+    """
+
+    def __init__(self, token_ids: Tensor, vocab_size: int) -> None:
+        self.columns = Columns.of(token_ids, vocab_size)
+        self.more = token_ids[:0]
+
+    def read(self, token_ids: Tensor) -> bool:
+        """Takes in [n] tokens of the text; True if some of them were not known."""
+        if self.columns is None:
+            return False
+        new = token_ids[self.columns.places[token_ids] == NO_COLUMN]
+        if not new.shape[0]:
+            return False
+        new = torch.unique(new)
+        self.columns = self.columns.with_tokens(new)
+        self.more = torch.cat([self.more, new])
+        return True
+
+
+def _picked(values: Tensor, token_ids: Tensor) -> Tensor:
+    """Some of the rows, on the tokens' device."""
+    return values.index_select(0, token_ids.to(values.device)).to(token_ids.device)

@@ -12,9 +12,9 @@ from torch import Tensor
 from mtad import tree
 from mtad.eager import Saved
 from mtad.errors import PairError
-from mtad.hidden_draft import Ends, HiddenDraft, Past
+from mtad.hidden_draft import Ends, HiddenDraft, Past, Proposed
 from mtad.lm import PREFILL_CHUNK_TOKENS
-from mtad.logits import Columns, Logits
+from mtad.logits import Logits
 
 
 class DraftPasses(Protocol):
@@ -25,6 +25,9 @@ class DraftPasses(Protocol):
     """
 
     zeros: Tensor
+
+    def propose(self, token_ids: Tensor) -> None:
+        """From now on [E] tokens that are not among the K can be proposed as well."""
 
     def read_target(self, hidden: Tensor) -> Tensor:
         """The target's hidden states [n, F·H] → the states [n, H] that the draft reads."""
@@ -41,7 +44,7 @@ class DraftPasses(Protocol):
         """Adds n tokens, the last of `nodes` slots that follow `length` slots.
 
         `visible` says who sees which of the nodes. Returns the states [n, H] after them, and
-        logits [n − skipped, K] of all but the first.
+        logits [n − skipped, K + E] of all but the first.
         """
 
     def crop(self, length: int) -> None:
@@ -94,8 +97,13 @@ class EagerDraftPasses:
     def __init__(self, draft: HiddenDraft, ends: Ends) -> None:
         self._draft = draft
         self._ends = ends
+        self._more: tuple[Tensor, Tensor | None] | None = None
         self._past: Past | None = None
         self.zeros = draft.norm.new_zeros(0, draft.norm.shape[0])
+
+    def propose(self, token_ids: Tensor) -> None:
+        """See `DraftPasses.propose`."""
+        self._more = self._ends.rows(token_ids)
 
     def read_target(self, hidden: Tensor) -> Tensor:
         """See `DraftPasses.read_target`."""
@@ -119,7 +127,10 @@ class EagerDraftPasses:
         )
         found: Tensor = output[0]
         wanted = self._draft.head_input(found[skipped:])
-        return found, F.linear(wanted, self._ends.head, self._ends.bias)
+        logits = F.linear(wanted, self._ends.head, self._ends.bias)
+        if self._more is not None:
+            logits = torch.cat([logits, F.linear(wanted, *self._more)], -1)
+        return found, logits
 
     def crop(self, length: int) -> None:
         """See `DraftPasses.crop`."""
@@ -157,15 +168,13 @@ class HiddenDrafter:
     def __init__(self, runnable: RunnableDraft, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.target_layers = runnable.draft.config.target_layers
-        self._columns = Columns.of(runnable.draft.token_ids, vocab_size)
         self._runnable = runnable
 
     def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
         """Reads [n] tokens, each with the target's state [n, F·H] of the token before it."""
         # There is no state before the first token of a text, so that token is not read; as the
         # first token of an empty prefix it is, with zeros.
-        first = token_ids[:1]
-        self._begin_text(first, first.shape[0])
+        self._begin_text(token_ids, min(token_ids.shape[0], 1))
         if token_ids.shape[0]:
             self._take(target_hidden)
             self._commit(token_ids[1:])
@@ -197,7 +206,7 @@ class HiddenDrafter:
             known = 0 if self._nodes else self._states.shape[0] - self._unread.shape[0]
             parts = [token_ids[:known], *token_ids[known:].unsqueeze(1)]
             logits = torch.cat([self._read(part, None) for part in parts if part.shape[0]])
-        return Logits(logits, self._columns)
+        return Logits(logits, self._proposed.columns)
 
     def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         """See `Drafter.keep`."""
@@ -209,13 +218,16 @@ class HiddenDrafter:
         self._cached += stay
         self._passes.crop(self._cached)
         self._length += nodes.shape[0]
+        self._propose(nodes)
         self._states = self._states[stay:]
         self._unread = torch.cat([self._unread, nodes[stay:]])
         self._drop_nodes()
 
     def _begin_text(self, token_ids: Tensor, length: int) -> None:
-        """An empty cache, and `length` committed tokens that need not be read."""
+        """An empty cache for a text of [n] tokens, the first `length` of which need not be read."""
         self._passes = self._runnable.passes()
+        self._proposed = Proposed(self._runnable.draft.token_ids, self.vocab_size)
+        self._propose(token_ids)
         self._cached = 0  # committed tokens in the draft's cache
         self._length = length  # committed tokens
         # Committed tokens that are not yet in it: the last ones of the text.
@@ -240,6 +252,11 @@ class HiddenDrafter:
                 " of its target_layers to prefill and keep."
             )
         self._states = torch.cat([self._states, self._passes.read_target(target_hidden)])
+
+    def _propose(self, token_ids: Tensor) -> None:
+        """Adds [n] tokens of the text to what can be proposed."""
+        if self._proposed.read(token_ids):
+            self._passes.propose(self._proposed.more)
 
     def _drop_nodes(self) -> None:
         self._nodes = 0

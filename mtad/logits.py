@@ -196,47 +196,47 @@ class TorchSearch:
 
 TORCH_SEARCH = TorchSearch()
 
+NO_COLUMN = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class Columns:
     """What the columns of narrow logits stand for.
 
     Attributes:
-        token_ids: [K + 1] the tokens of the K columns, and one that has no column.
-        places: [V] the column of each token; K for those that have none.
-        absent: the one without a column.
+        token_ids: the tokens of the K columns, at least [K].
+        places: [V] the column of each token; `NO_COLUMN`, or any beyond the K, for none.
     """
 
     token_ids: Tensor
     places: Tensor
-    absent: int
 
     @staticmethod
     def of(token_ids: Tensor, vocab_size: int) -> Columns | None:
-        """Of [K] ascending tokens; None if they are the whole vocabulary."""
+        """Of [K] tokens; None if column i is token i of all of them."""
         count = token_ids.shape[0]
-        if count == vocab_size:
+        order = torch.arange(count, device=token_ids.device)
+        if count == vocab_size and torch.equal(token_ids, order):
             return None
-        places = token_ids.new_full((vocab_size,), count)
-        places[token_ids] = torch.arange(count, device=token_ids.device)
-        absent = (places == count).int().argmax().view(1)
-        return Columns(torch.cat([token_ids, absent]), places, int(absent))
+        places = token_ids.new_full((vocab_size,), NO_COLUMN)
+        places[token_ids] = order
+        return Columns(token_ids, places)
 
-    @property
-    def count(self) -> int:
-        """K."""
-        return self.token_ids.shape[0] - 1
+    def with_tokens(self, token_ids: Tensor) -> Columns:
+        """With columns behind the K for [n] tokens that had none."""
+        start = self.token_ids.shape[0]
+        places = self.places.clone()
+        places[token_ids] = torch.arange(start, start + token_ids.shape[0], device=places.device)
+        return Columns(torch.cat([self.token_ids, token_ids]), places)
 
 
 class Logits:
     """Rows of raw logits over the vocabulary, or over fewer tokens with −∞ for the rest.
 
     Attributes:
-        values: [..., K] in the model's dtype; [rows, K + 1] with `extra`.
+        values: [..., K] in the model's dtype.
         columns: what they stand for; None if column i is token i.
         vocab_size: V.
-        extra: [rows] the token of each row's last column, another one than those of `columns`;
-            None if there is no such column.
         search: how the rows are read.
     """
 
@@ -245,12 +245,10 @@ class Logits:
         values: Tensor,
         columns: Columns | None = None,
         *,
-        extra: Tensor | None = None,
         search: Search = TORCH_SEARCH,
     ) -> None:
         self.values = values
         self.columns = columns
-        self.extra = extra
         self.vocab_size = values.shape[-1] if columns is None else columns.places.shape[0]
         self.search = search
         self._best: tuple[Tensor, Tensor] | None = None
@@ -274,8 +272,7 @@ class Logits:
 
     def __getitem__(self, index: int | slice) -> Logits:
         """Some of the rows."""
-        extra = None if self.extra is None else self.extra[index]
-        return Logits(self.values[index], self.columns, extra=extra, search=self.search)
+        return Logits(self.values[index], self.columns, search=self.search)
 
     def best(self, count: int) -> tuple[Tensor, Tensor]:
         """The largest `count` logits in float32, descending, and their tokens: [..., count]."""
@@ -309,12 +306,7 @@ class Logits:
 
     def tokens_at(self, places: Tensor) -> Tensor:
         """[..., n] columns → their tokens."""
-        if self.columns is None:
-            return places
-        tokens = self.columns.token_ids[places]
-        if self.extra is None:
-            return tokens
-        return torch.where(places == self.columns.count, self.extra.unsqueeze(-1), tokens)
+        return places if self.columns is None else self.columns.token_ids[places]
 
     def tokens(self) -> Tensor:
         """[..., K] the token of every column."""
@@ -325,7 +317,8 @@ class Logits:
         """[..., V] logits of the whole vocabulary."""
         if self.columns is None:
             return self.values
-        return self.values.new_full(self.shape, -torch.inf).scatter(-1, self.tokens(), self.values)
+        nothing = self.values.new_full(self.shape, -torch.inf)
+        return nothing.scatter_reduce(-1, self.tokens(), self.values, "amax")
 
     def mixed(self, tokens: Tensor, log_odds: Tensor) -> Logits:
         """The rows of (1 − share) · softmax + share · one token each, in float32.
@@ -333,36 +326,31 @@ class Logits:
         Up to a constant that is one logit a row: its mass grows by Σ exp · share / (1 − share).
 
         Args:
-            tokens: [rows]; not necessarily among the columns.
+            tokens: [rows]; a row stays as it is if its token has no column.
             log_odds: [rows] log(share / (1 − share)); −∞ leaves a row as it is.
         """
-        values, places, extra = self.values.float(), tokens, None
-        if self.columns is None:
-            values = values.clone()
-        else:
-            nothing = values.new_full((values.shape[0], 1), -torch.inf)
-            values = torch.cat([values, nothing], -1)
+        values, places = self.values.float(), tokens
+        if self.columns is not None:
             places = self.columns.places[tokens]
-            extra = torch.where(places == self.columns.count, tokens, self.columns.token_ids[-1])
+            last = values.shape[-1] - 1
+            log_odds = torch.where(places > last, -torch.inf, log_odds)
+            places = places.clamp_max(last)
         places = places.unsqueeze(-1)
-        grown = (self.log_sums() + log_odds).unsqueeze(-1)
-        values.scatter_(-1, places, torch.logaddexp(values.gather(-1, places), grown))
-        return Logits(values, self.columns, extra=extra, search=self.search)
+        added = (self.log_sums() + log_odds).unsqueeze(-1)
+        mixture = values.scatter(-1, places, torch.logaddexp(values.gather(-1, places), added))
+        return Logits(mixture, self.columns, search=self.search)
 
     def stretch(self, key: tuple[Hashable, ...], compute: Callable[..., T], *tensors: Tensor) -> T:
         """`compute(logits, *tensors)` for these logits, see `Stretches.run`."""
         stretches, columns = self.search.stretches, self.columns
         if stretches is None:
             return compute(self, *tensors)
-        extra = () if self.extra is None else (self.extra,)
 
         def again(values: Tensor, *rest: Tensor) -> T:
-            own = rest[0] if extra else None
-            logits = Logits(values, columns, extra=own, search=TORCH_SEARCH)
-            return compute(logits, *rest[len(extra) :])
+            return compute(Logits(values, columns, search=TORCH_SEARCH), *rest)
 
-        whole = (*key, None if columns is None else id(columns), len(extra))
-        return stretches.run(whole, again, self.values, *extra, *tensors)
+        whole = (*key, None if columns is None else id(columns))
+        return stretches.run(whole, again, self.values, *tensors)
 
     def _rows(self) -> Tensor:
         return self.values.reshape(-1, self.values.shape[-1])

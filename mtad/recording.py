@@ -1,6 +1,8 @@
 """What a run records beside its decisions: seconds, joules and texts.
 
-Also watches for stop strings, because only here ids have become text.
+Also watches for stop strings, because only here ids have become text. A decision is noted when it
+falls and becomes a step when somebody is to see it: after a pass, which has driven everything else
+out of a CPU's caches, the same lines take three times as long as for several decisions in a row.
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,11 +68,22 @@ class Timing:
         return self._ended - self._decode_began
 
 
+@dataclass(frozen=True)
+class _Noted:
+    """A decision, and what can only be read off when it falls."""
+
+    decision: Decision
+    seconds: float
+    joules: float | None
+    spans: dict[str, float]
+
+
 class Scribe:
     """Turns decisions into steps: texts, seconds, joules; watches for stop strings.
 
     Attributes:
-        steps: what the Trace will hold.
+        steps: what the Trace will hold, as far as it is written.
+        watches: True if every decision must be written at once, since text may end the run.
         stopped: True once a stop string has appeared.
         first_token_seconds: from the start of the prefill to the first emitted token.
     """
@@ -85,6 +99,8 @@ class Scribe:
         self.steps: list[Step] = []
         self.stopped = False
         self.first_token_seconds: float | None = None
+        self.watches = bool(stop)
+        self._noted: list[_Noted] = []
         self._tokenizer = tokenizer
         self._prompt_ids = prompt_ids
         self._stop = stop
@@ -95,13 +111,22 @@ class Scribe:
         self._seconds = {"draft": 0.0, "verify": 0.0}
         self._tail = ""
 
-    def write(self, decision: Decision) -> Step:
-        """The step of a decision; provisional ones are remembered but not recorded."""
+    def note(self, decision: Decision) -> None:
+        """Takes a decision at the moment when it falls."""
         seconds = self._timing.since_decoding_began()
         joules = self._timing.meter.joules_so_far()
         if self.first_token_seconds is None and decision.emitted:
             self.first_token_seconds = self._timing.prefill_seconds + seconds
-        for name, spent in self._recorder.take().items():
+        self._noted.append(_Noted(decision, seconds, joules, self._recorder.take()))
+
+    def write(self) -> list[Step]:
+        """The steps of what was noted since; provisional ones are remembered, not recorded."""
+        noted, self._noted = self._noted, []
+        return [self._step(one) for one in noted]
+
+    def _step(self, noted: _Noted) -> Step:
+        decision = noted.decision
+        for name, spent in noted.spans.items():
             self._seconds[name] = self._seconds.get(name, 0.0) + spent
         words = self._words
         if decision.provisional or self._provisional is not None:
@@ -126,8 +151,8 @@ class Scribe:
             node_texts=tuple(words.piece(token) for token in decision.tree.token_ids),
             draft_seconds=self._seconds["draft"],
             verify_seconds=self._seconds["verify"],
-            seconds=seconds,
-            joules=joules,
+            seconds=noted.seconds,
+            joules=noted.joules,
         )
         if decision.provisional:
             self._provisional = step

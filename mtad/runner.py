@@ -199,7 +199,7 @@ class _Run:
         self._meter = meter
         self._session = session
         self._interval_seconds = interval_seconds
-        self._bunch: list[Step | Trace | BaseException] = []  # not handed over yet
+        self._bunch: list[Step] = []  # written and not handed over yet
         self._handed_over_at = -math.inf
         self._queue: queue.SimpleQueue[list[Step | Trace | BaseException]] = queue.SimpleQueue()
 
@@ -270,14 +270,14 @@ class _Run:
         except BaseException as error:  # handed to the thread that waits, which raises it
             self._report(error)
 
-    def _report(self, event: Step | Trace | BaseException) -> None:
-        """Hands an event over, and what waits; a Step waits until the interval is over."""
-        self._bunch.append(event)
-        now = time.perf_counter()
-        if isinstance(event, Step) and now - self._handed_over_at < self._interval_seconds:
-            return
-        self._queue.put(self._bunch)
-        self._bunch, self._handed_over_at = [], now
+    def _due(self) -> bool:
+        """Whether the interval since steps were handed over is over."""
+        return time.perf_counter() - self._handed_over_at >= self._interval_seconds
+
+    def _report(self, *last: Trace | BaseException) -> None:
+        """Hands over what waits, and what comes after it."""
+        self._queue.put([*self._bunch, *last])
+        self._bunch, self._handed_over_at = [], time.perf_counter()
 
     def _decode(self) -> Trace:
         pair, device = self.pair, self.pair.device
@@ -346,11 +346,18 @@ class _Run:
     def _drain(self, decisions: Iterator[Decision], scribe: Scribe) -> StopReason:
         """Takes decisions until the run ends, and says why it ended."""
         try:
-            for decision in decisions:
-                step = scribe.write(decision)
-                self._report(step)
-                if scribe.stopped:
-                    return "stop"
+            try:
+                for decision in decisions:
+                    scribe.note(decision)
+                    due = self._due()
+                    if due or scribe.watches:
+                        self._bunch += scribe.write()
+                    if due:
+                        self._report()
+                    if scribe.stopped:
+                        return "stop"
+            finally:
+                self._bunch += scribe.write()
         except DeadlineExceeded:
             scribe.settle()
             return "deadline"

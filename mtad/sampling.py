@@ -35,7 +35,7 @@ class Warped:
     for a large vocabulary.
 
     Attributes:
-        token_ids: [..., K] int64, distinct within a row.
+        token_ids: [..., K] int64, distinct within a row but for those of probability 0.
         logprobs: [..., K], normalised; −∞ for a token of the support that was filtered out.
         vocab_size: V; tokens outside the support have probability 0.
         search: how the engine that they come from reads them.
@@ -53,7 +53,8 @@ class Warped:
     def dense(self) -> Tensor:
         """[..., V] log-probabilities over the whole vocabulary."""
         shape = (*self.logprobs.shape[:-1], self.vocab_size)
-        return self.logprobs.new_full(shape, -torch.inf).scatter(-1, self.token_ids, self.logprobs)
+        nothing = self.logprobs.new_full(shape, -torch.inf)
+        return nothing.scatter_reduce(-1, self.token_ids, self.logprobs, "amax")
 
     def row(self, index: Tensor) -> Warped:
         """One row of a [rows, K] distribution, by a tensor of one element (no host read)."""

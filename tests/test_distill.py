@@ -52,7 +52,7 @@ from mtad.distill.writing import (
     sample_top,
     write_shard,
 )
-from mtad.draft_files import FILE_NAME, load_draft
+from mtad.draft_files import FILE_NAME, load_draft, save_draft
 from mtad.errors import Cancelled, ConfigError, PairError
 from mtad.hidden_draft import Ends, HiddenDraft, HiddenDraftConfig
 from tests.models import FAMILIES, tiny
@@ -741,8 +741,11 @@ def test_the_loss_and_the_overlaps_are_those_of_plain_loops() -> None:
                     weight = {Origin.FORCED: 0, Origin.QUESTION: 0.3, Origin.ANSWER: 1}[origin]
                     seen = draft.head_input(states[row, t])
                     q = torch.full((VOCABULARY,), -torch.inf)
-                    said = head[draft.token_ids] @ seen
-                    q[draft.token_ids] = said.log_softmax(-1)
+                    # The even tokens, and those that were read before the guesses began.
+                    text = batch.token_ids[row, : t - depth + 1].long()
+                    proposed = torch.cat([draft.token_ids, text]).unique()
+                    said = head[proposed] @ seen
+                    q[proposed] = said.log_softmax(-1)
                     tokens = batch.top_ids[row, t + 1].long()
                     p = batch.top_logprobs[row, t + 1].float()
                     value = losses.forward_kl(p[None], q[tokens][None]).item()
@@ -755,7 +758,7 @@ def test_the_loss_and_the_overlaps_are_those_of_plain_loops() -> None:
                     if origin is Origin.ANSWER:
                         warped = unroll.warp(said, config).dense()
                         narrow = torch.full((VOCABULARY,), -torch.inf)
-                        narrow[draft.token_ids] = warped
+                        narrow[proposed] = warped
                         alphas[0] += sum(min(p.exp()[i], q[x].exp()) for i, x in enumerate(tokens))
                         sharp = losses.warped_target(p, 3, 0.9).exp()
                         alphas[1] += sum(
@@ -978,6 +981,16 @@ def test_a_start_is_where_another_training_ended(
     card = (tmp_path / "third" / "README.md").read_text(encoding="utf-8").replace("\n", " ")
     assert f"the weights of {tmp_path.name}. " in card.replace("##", " ")
     assert report["curve"][0]["alpha"] == pytest.approx(ended["saved"]["alpha"], abs=1e-6)
+    # Its tokens stay, whatever is frequent in this corpus.
+    (work / CHECKPOINT).unlink()
+    begun = load_draft(start, target.model)
+    absent = [token for token in range(VOCABULARY) if token not in begun.token_ids.tolist()]
+    begun.token_ids[-1] = max(absent)
+    begun.token_ids.copy_(begun.token_ids.sort().values)
+    other = tmp_path / "other"
+    save_draft(begun, other, target.name)
+    taken = learn(target, BRIEF, work, tmp_path / "fourth", start=other)
+    assert torch.equal(taken.token_ids, begun.token_ids)
     with pytest.raises(DistillError, match="another --start draft"):
         learn(target, BRIEF, work, tmp_path)
     with pytest.raises(ConfigError, match="has the shape"):

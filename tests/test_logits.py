@@ -24,7 +24,7 @@ def test_the_whole_vocabulary_needs_no_columns() -> None:
 
 def test_a_mixture_is_the_formula() -> None:
     logits = narrow()
-    tokens, shares = torch.tensor([2, 0, 3]), torch.tensor([0.25, 0.5, 0.0])
+    tokens, shares = torch.tensor([2, 8, 3]), torch.tensor([0.25, 0.5, 0.0])
     expected = logits.dense().softmax(-1) * (1 - shares.unsqueeze(1))
     expected[torch.arange(3), tokens] += shares
     for given in (logits, Logits(logits.dense())):
@@ -33,6 +33,24 @@ def test_a_mixture_is_the_formula() -> None:
         torch.testing.assert_close(given.dense(), logits.dense())  # stays as it was
         for row in mixed.tokens().tolist():
             assert len(set(row)) == len(row)
+
+
+def test_a_token_without_a_column_is_not_mixed_in() -> None:
+    logits = narrow()
+    mixed = logits.mixed(torch.tensor([0, 1, 7]), torch.zeros(3))
+    assert torch.equal(mixed.values[::2], logits.values[::2])
+    assert (mixed.values[1] > logits.values[1]).tolist() == [True, False, False, False, False]
+
+
+def test_columns_of_probability_0_may_name_a_token_again() -> None:
+    """As those of a text in which it stands twice."""
+    values = torch.tensor([[0.5, -torch.inf, 1.5, -torch.inf]])
+    places = torch.tensor([0, 99, 2, 99])
+    logits = Logits(values, Columns(torch.tensor([0, 2, 2, 0]), places))
+    expected = torch.tensor([[0.5, -torch.inf, 1.5, -torch.inf]])
+    assert torch.equal(logits.dense(), expected)
+    for config in (DecodeConfig(top_k=0, top_p=1.0), DecodeConfig(top_k=0, top_p=0.9)):
+        torch.testing.assert_close(warp(logits, config).dense(), warp(expected, config).dense())
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from mtad.cuda.graphs import Graphs, ordinary_tensors
 from mtad.cuda.llama import seen_below
 from mtad.cuda.stack import LayerWeights, Stack
 from mtad.hidden_draft import NORM_EPS, Ends, HiddenDraft, Layer
-from mtad.logits import Columns, Logits, TorchSearch
+from mtad.logits import NO_COLUMN, Columns, Logits, TorchSearch
 
 NO_TOKEN = -1
 _FIRST_ENTRIES = 1024
@@ -31,6 +31,7 @@ class CudaDraft:
         draft: what it was made from.
         ends: of the target.
         stack: its layers.
+        proposed: K.
         weight_bytes: that a step reads, the rows of the target's head among them.
         arenas: for `mtad.cuda.drafter.CudaDrafter`.
     """
@@ -41,6 +42,7 @@ class CudaDraft:
         weights = (*draft.parameters(), ends.head)
         self.draft = draft
         self.ends = ends
+        self.proposed = int(draft.token_ids.shape[0])
         self.weight_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
         with ordinary_tensors():
             powers = torch.arange(0, size, 2, device=draft.norm.device).float() / size
@@ -53,13 +55,6 @@ class CudaDraft:
                 frequencies=1.0 / config.rope_theta**powers,
             )
         self.arenas = Lender(lambda: DraftArena(self))
-        self._columns: dict[int, Columns | None] = {}
-
-    def columns(self, vocab_size: int) -> Columns | None:
-        """What the columns of its logits stand for among V tokens."""
-        if vocab_size not in self._columns:
-            self._columns[vocab_size] = Columns.of(self.draft.token_ids, vocab_size)
-        return self._columns[vocab_size]
 
     def joined(self, token_ids: Tensor, states: Tensor) -> Tensor:
         """[R] tokens and the states [R, H] that they are read with → [R, H] into the layers."""
@@ -68,10 +63,11 @@ class CudaDraft:
         both = torch.cat([embedded, stack.normed(states, draft.state_norm)], -1)
         return F.linear(both, draft.join.weight)
 
-    def logits(self, states: Tensor) -> Tensor:
-        """[R, H] after the layers → [R, K]."""
+    def logits(self, states: Tensor, rows: Tensor, biases: Tensor) -> Tensor:
+        """[R, H] after the layers → [R, K + E]; with [E, H] more rows of the head, and [E]."""
         normed = self.stack.normed(states, self.stack.norm)
-        return F.linear(normed, self.ends.head, self.ends.bias)
+        own = F.linear(normed, self.ends.head, self.ends.bias)
+        return torch.cat([own, F.linear(normed, rows, biases)], -1).float()
 
 
 @dataclass(frozen=True)
@@ -82,6 +78,10 @@ class Books:
     ones that it has yet to read, then the nodes. Rows above those of entries belong to the
     prefix itself.
 
+    Every place of the text is a column of the logits, behind the K of the draft. A token has the
+    first of those that stand for it, all others are −∞: so nothing depends on how many there are,
+    which the host does not know.
+
     Attributes:
         tokens: [E] of the entries.
         parents: [E] the entry above each; −1 for the prefix.
@@ -89,6 +89,10 @@ class Books:
         seen: [1 + E, E] bool, which entries an entry sees: those above it, and itself.
         tails: [1 + E, n] the last n tokens up to it, `NO_TOKEN` before the first one.
         text: [n + T] the committed text behind n times `NO_TOKEN`.
+        names: [K + T] the tokens of the columns.
+        places: [V] the column of each token, or `NO_COLUMN`.
+        rows: [T, H] the rows of the target's head for the text.
+        biases: [T] theirs; 0 if the head has none.
         scalars: [5, 1] entries that were read before; slots of the prefix; the position of an entry
             right below it; how many rows of `states` are the target's; tokens of the text.
     """
@@ -99,21 +103,42 @@ class Books:
     seen: Tensor
     tails: Tensor
     text: Tensor
+    names: Tensor
+    places: Tensor
+    rows: Tensor
+    biases: Tensor
     scalars: Tensor
 
     @staticmethod
-    def of(entries: int, text: int, width: int, tail: int, like: Tensor) -> Books:
-        """Empty ones: E entries, T tokens of text, H, n, and the dtype and device of states."""
+    def of(made: CudaDraft, entries: int, text: int) -> Books:
+        """Empty ones: E entries, T tokens of text."""
+        like, width = made.stack.norm, made.stack.width
+        tail = len(made.draft.config.copy_weights)
         tokens, parents = torch.zeros(2, entries, dtype=torch.int64, device=like.device)
-        return Books(
+        books = Books(
             tokens=tokens,
             parents=parents,
             states=like.new_zeros(1 + entries, width),
             seen=like.new_zeros(1 + entries, entries, dtype=torch.bool),
             tails=tokens.new_full((1 + entries, tail), NO_TOKEN),
             text=tokens.new_full((tail + text,), NO_TOKEN),
+            names=tokens.new_zeros(made.proposed + text),
+            places=tokens.new_full((made.ends.whole.shape[0],), NO_COLUMN),
+            rows=like.new_zeros(text, width),
+            biases=like.new_zeros(text),
             scalars=tokens.new_zeros(5, 1),
         )
+        books.names[: made.proposed] = made.draft.token_ids
+        books.forget(made)
+        return books
+
+    def forget(self, made: CudaDraft) -> None:
+        """For a new text."""
+        self.states.zero_()
+        self.names[made.proposed :] = 0
+        self.places.fill_(NO_COLUMN)
+        columns = torch.arange(made.proposed, device=self.places.device)
+        self.places.index_copy_(0, made.draft.token_ids, columns)
 
 
 class DraftArena(Arena):
@@ -125,9 +150,10 @@ class DraftArena(Arena):
         weights = made.draft.config.copy_weights
         with ordinary_tensors():
             like = made.stack.norm
-            self.books = Books.of(_FIRST_ENTRIES, _FIRST_TEXT, made.stack.width, len(weights), like)
+            self.books = Books.of(made, _FIRST_ENTRIES, _FIRST_TEXT)
             shares = torch.tensor((0.0, *weights), device=like.device)
             self._log_odds = shares.logit()
+        self._columns: dict[tuple[int, ...], Columns] = {}
         self._scalars = [0] * self.books.scalars.shape[0]
         # A block is drawn from what each of its steps has left.
         self.search = TorchSearch(Graphs(like.device, most=256, share_memory=False))
@@ -135,7 +161,31 @@ class DraftArena(Arena):
     def wipe(self) -> None:
         """See `Arena.wipe`."""
         super().wipe()
-        self.books.states.zero_()
+        self.books.forget(self._made)
+
+    def columns(self, vocab_size: int) -> Columns:
+        """What the columns of the logits stand for among V tokens.
+
+        One object as long as it holds, and kept after that: what was recorded over it goes by its
+        identity.
+        """
+        books = self.books
+        key = vocab_size, books.tokens.shape[0], books.names.shape[0]
+        if key not in self._columns:
+            self._columns[key] = Columns(books.names, books.places[:vocab_size])
+        return self._columns[key]
+
+    def append(self, tokens: Tensor, start: int) -> None:
+        """Writes [n] tokens of the text from a place on, for which there is room."""
+        books, made, end = self.books, self._made, start + tokens.shape[0]
+        tail, first = books.tails.shape[1], made.proposed
+        books.text[tail + start : tail + end] = tokens
+        books.names[first + start : first + end] = tokens
+        columns = torch.arange(first + start, first + end, device=tokens.device)
+        books.places.scatter_reduce_(0, tokens, columns, "amin")
+        books.rows[start:end], biases = made.ends.rows(tokens)
+        if biases is not None:
+            books.biases[start:end] = biases
 
     def set(self, *scalars: int) -> None:
         """See `Books.scalars`."""
@@ -159,11 +209,7 @@ class DraftArena(Arena):
             return
         with ordinary_tensors():
             new = Books.of(
-                power_of_two(entries, _FIRST_ENTRIES),
-                power_of_two(text, _FIRST_TEXT),
-                self._made.stack.width,
-                tail,
-                old.states,
+                self._made, power_of_two(entries, _FIRST_ENTRIES), power_of_two(text, _FIRST_TEXT)
             )
             for name, values in vars(old).items():
                 place = getattr(new, name)[tuple(slice(size) for size in values.shape)]
@@ -171,21 +217,19 @@ class DraftArena(Arena):
         self.books = new
         self.graphs.clear()
 
-    def step(
-        self, rows: int, bucket: int, text: int, vocab_size: int, chain: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def step(self, rows: int, bucket: int, text: int, vocab_size: int, chain: bool) -> Tensor:
         """Reads entries, as many as rows, from the first unread one on.
 
         Args:
             rows: R.
             bucket: slots that are looked at.
-            text: tokens of the text that are looked at, a power of two; 0 copies nothing.
+            text: tokens of the text that are looked at, a power of two; 0 if no logits are wanted.
             vocab_size: V.
             chain: they are the first entries, each below the one before; else every one is
                 below an entry that was read.
 
         Returns:
-            The values and the extra tokens of `Logits` of R rows.
+            The values of `Logits` of R rows, [R, K + text].
         """
         books, made = self.books, self._made
         old, cached, position, known, length = books.scalars
@@ -213,16 +257,18 @@ class DraftArena(Arena):
         given = (entries + 1 < known).unsqueeze(1)
         after = torch.where(given, books.states.index_select(0, entries + 1), states)
         books.states.index_copy_(0, entries + 1, after)
-        logits = made.logits(states).float()
-        if not books.tails.shape[1]:
-            return logits, None
-        tails = self._tails(tokens, above, chain)
-        books.tails.index_copy_(0, entries + 1, tails)
-        if not text:
-            return logits, None
+        if books.tails.shape[1]:
+            tails = self._tails(tokens, above, chain)
+            books.tails.index_copy_(0, entries + 1, tails)
+        first = made.proposed
+        logits = made.logits(states, books.rows[:text], books.biases[:text])
+        own = torch.arange(first, first + text, device=tokens.device)
+        named = books.places.index_select(0, books.names[first : first + text])
+        logits[:, first:].masked_fill_(named != own, -torch.inf)
+        if not (text and books.tails.shape[1]):
+            return logits
         copied = self._copied(tails, text, length)
-        mixed = Logits(logits, made.columns(vocab_size)).mixed(*copied)
-        return mixed.values, mixed.extra
+        return Logits(logits, self.columns(vocab_size)).mixed(*copied).values
 
     def _tails(self, tokens: Tensor, above: Tensor, chain: bool) -> Tensor:
         tails = self.books.tails

@@ -70,10 +70,7 @@ class CudaDrafter:
         found = [self._add(part, None) for part in parts if part.shape[0]]
         if len(found) == 1:
             return found[0]
-        extra = [logits.extra for logits in found if logits.extra is not None]
-        return self._logits(
-            torch.cat([logits.values for logits in found]), torch.cat(extra) if extra else None
-        )
+        return self._logits(torch.cat([logits.values for logits in found]))
 
     def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         """See `Drafter.keep`."""
@@ -128,12 +125,10 @@ class CudaDrafter:
             self._states = torch.cat([self._states, self._made.draft.read_target(hidden)])
 
     def _append(self, tokens: Tensor) -> None:
-        """Adds committed tokens to the text that is copied from."""
+        """Adds committed tokens to the text, whose tokens can be proposed and copied."""
         end = self._text + tokens.shape[0]
-        if self._copies:
-            self._arena.reserve_text(end)
-            start = len(self._made.draft.config.copy_weights)
-            self._arena.books.text[start + self._text : start + end] = tokens
+        self._arena.reserve_text(end)
+        self._arena.append(tokens, self._text)
         self._text = end
 
     def _drop(self, count: int) -> None:
@@ -184,20 +179,20 @@ class CudaDrafter:
             known = min(self._states.shape[0], 1 + self._unread + self._exact)
             books.states[:known] = self._states[:known]
         arena.set(old, self._cached, self._position, known, self._text)
-        text = power_of_two(self._text, _FIRST_TEXT_BUCKET) if self._copies and count else 0
+        text = power_of_two(self._text, _FIRST_TEXT_BUCKET) if count else 0
         arena.reserve_text(text)
         vocab_size = self.vocab_size
 
-        def step() -> tuple[Tensor, Tensor | None]:
+        def step() -> Tensor:
             return arena.step(rows, bucket, text, vocab_size, chain)
 
         key = rows, bucket, text, vocab_size, chain
-        values, extra = arena.graphs.run(key, step) if recorded else arena.graphs.launch(step)
+        values = arena.graphs.run(key, step) if recorded else arena.graphs.launch(step)
         self._entries = end
         asked = slice(end - old - count, end - old)
         # The next step writes where this one wrote.
-        return self._logits(values[asked].clone(), None if extra is None else extra[asked].clone())
+        return self._logits(values[asked].clone())
 
-    def _logits(self, values: Tensor, extra: Tensor | None) -> Logits:
-        columns = self._made.columns(self.vocab_size)
-        return Logits(values, columns, extra=extra, search=self._arena.search)
+    def _logits(self, values: Tensor) -> Logits:
+        columns = self._arena.columns(self.vocab_size)
+        return Logits(values, columns, search=self._arena.search)

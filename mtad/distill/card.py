@@ -121,7 +121,8 @@ def card(report: dict[str, Any]) -> str:
             f" ({report['parameters'] / 1e6:.1f} M parameters, in 8 bits with a scale a row:"
             f" {FILE_NAME}) read the target's hidden states {layers} and write into the target's"
             f" own head, cut to the {draft['head_tokens']:,} tokens that are most frequent in"
-            f" answers; all others have q = 0. Neither embedding nor head is stored.{copying}"
+            " answers and to those of the text so far; all others have q = 0. Neither embedding nor"
+            f" head is stored.{copying}"
         ),
         "## Data": (
             f"Written by the target itself: {corpus['tokens'] / 1e6:.2f} million tokens in"

@@ -218,8 +218,9 @@ def new_draft(
 ) -> HiddenDraft:
     """The draft before training: random layers, or those of `start`.
 
-    It proposes the tokens that are frequent in this corpus. The last norm begins at the scale of
-    each channel of the target's last state, so that the head is given what it is used to.
+    It proposes the tokens that are frequent in this corpus; those of `start`, if it has as many,
+    which may have seen a larger one. The last norm begins at the scale of each channel of the
+    target's last state, so that the head is given what it is used to.
 
     Raises:
         ConfigError: `start` has another shape than the recipe says.
@@ -237,7 +238,8 @@ def new_draft(
                 f"The draft to start from has the shape {start.config}, but the recipe asks for"
                 f" {config}. Change the recipe's part draft, or start anew."
             )
-        draft.load_state_dict(start.state_dict() | {"token_ids": token_ids})
+        kept = start.token_ids if start.token_ids.shape == token_ids.shape else token_ids
+        draft.load_state_dict(start.state_dict() | {"token_ids": kept})
         return draft.to(target.device)
     rows = range(held_out, min(held_out + _SCALE_ROWS, corpus.num_rows))
     damage = corpus.damage(rows)

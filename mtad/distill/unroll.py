@@ -55,6 +55,40 @@ def unroll(draft: HiddenDraft, ends: Ends, batch: Shard, depths: int) -> Iterato
 
 
 @dataclass(frozen=True)
+class TextHead:
+    """The head with E more rows: of those tokens of a batch that are not among the K.
+
+    In drafting only those count that stand in the text which the target has read.
+
+    Attributes:
+        ends: the target's, with the rows.
+        columns: [V] int64, the head's column of each token; −1 for none.
+        first: [B, E] the place in each row where such a token comes first; L where it does not.
+    """
+
+    ends: Ends
+    columns: Tensor
+    first: Tensor
+
+    @staticmethod
+    def of(ends: Ends, columns: Tensor, batch: Shard) -> TextHead:
+        """Of a batch whose tokens may be any; `columns` [V] are those of the K alone."""
+        tokens = batch.token_ids.long()
+        count, (rows, length) = ends.head.shape[0], tokens.shape
+        more = torch.unique(tokens[columns[tokens] < 0])
+        columns = columns.index_put((more,), torch.arange(count, count + len(more)).to(columns))
+        places = torch.arange(length, device=tokens.device).expand(rows, -1)
+        first = tokens.new_full((rows, count + len(more)), length)
+        first.scatter_reduce_(1, columns[tokens], places, "amin")
+        return TextHead(ends.with_rows(more), columns, first[:, count:])
+
+    def missing(self, index: Tensor, length: int, depth: int) -> Tensor:
+        """[N] of the flattened [B·T] indices → bool [N, E], what was not read when a line began."""
+        last_read = index % length - depth
+        return self.first[index // length] > last_read.unsqueeze(1)
+
+
+@dataclass(frozen=True)
 class Goal:
     """What the draft should say at N chosen indices of a batch.
 
@@ -64,6 +98,7 @@ class Goal:
         columns: [N, K] int64, the head's column of each of the target's tokens; −1 for none.
         logprobs: [N, K], the target's log-probabilities of those tokens.
         state: [N, H], the target's last hidden state.
+        missing: [N, E], see `TextHead.missing`.
     """
 
     index: Tensor
@@ -71,16 +106,17 @@ class Goal:
     columns: Tensor
     logprobs: Tensor
     state: Tensor
+    missing: Tensor
 
     @staticmethod
-    def of(batch: Shard, depth: int, weights: Tensor, columns: Tensor, size: int) -> Goal:
+    def of(batch: Shard, depth: int, weights: Tensor, head: TextHead, size: int) -> Goal:
         """All indices that count at a depth.
 
         Args:
             batch: on the device of the draft.
             depth: the first indices of a row have no line of that many guesses.
             weights: [3], of a next token by its origin.
-            columns: [V] int64, the head's column of each token; −1 for none.
+            head: of the batch.
             size: H.
         """
         weight = weights[batch.origins[:, 2:].long()]
@@ -94,26 +130,29 @@ class Goal:
         return Goal(
             index,
             weight[index],
-            columns[pick(batch.top_ids).long()],
+            head.columns[pick(batch.top_ids).long()],
             pick(batch.top_logprobs).float(),
             pick(batch.hidden[..., -size:]).float(),
+            head.missing(index, batch.token_ids.shape[1] - 2, depth),
         )
 
     def rows(self, start: int, stop: int) -> Goal:
         """The goal of some of the indices."""
         return Goal(**{name: values[start:stop] for name, values in vars(self).items()})
 
+    def of_head(self, ends: Ends, head_input: Tensor) -> Tensor:
+        """[N, H] → logits [N, head] in float32, −∞ for what is missing."""
+        kind = head_input.dtype
+        bias = None if ends.bias is None else ends.bias.to(kind)
+        logits = F.linear(head_input, ends.head.to(kind), bias).float()
+        more = logits[:, logits.shape[1] - self.missing.shape[1] :]
+        more.masked_fill_(self.missing, -torch.inf)
+        return logits
+
     def in_columns(self, logprobs: Tensor) -> Tensor:
         """[N, head] log-probabilities → [N, K] those of the target's tokens, −∞ for no column."""
         picked = logprobs.gather(1, self.columns.clamp(min=0))
         return picked.masked_fill(self.columns < 0, -torch.inf)
-
-
-def logits(ends: Ends, head_input: Tensor) -> Tensor:
-    """[N, H] → [N, head] in float32."""
-    head = ends.head
-    bias = None if ends.bias is None else ends.bias.to(head_input.dtype)
-    return F.linear(head_input, head.to(head_input.dtype), bias).float()
 
 
 def loss(
@@ -130,7 +169,7 @@ def loss(
         draft: the draft.
         ends: the target's.
         batch: on the same device.
-        columns: [V], see `Goal.of`.
+        columns: [V] int64, the head's column of each of its K tokens; −1 for all others.
         training: the weights.
         feature_share: from 0 to 1, how much of `feature_weight` still counts.
     """
@@ -139,13 +178,14 @@ def loss(
     scale = batch.hidden[..., -size:].float().std()
     feature_weight = training.feature_weight * feature_share
     total = torch.zeros((), device=columns.device)
+    head = TextHead.of(ends, columns, batch)
     depths = [training.depth_decay**depth for depth in range(training.depths)]
     for depth, states in enumerate(unroll(draft, ends, batch, training.depths)):
-        goal = Goal.of(batch, depth, by_origin, columns, size)
+        goal = Goal.of(batch, depth, by_origin, head, size)
         head_input = draft.head_input(states.flatten(0, 1)[goal.index].float())
 
         def missed(piece: Tensor, goal: Goal) -> Tensor:
-            draft_logprobs = goal.in_columns(logits(ends, piece).log_softmax(-1))
+            draft_logprobs = goal.in_columns(goal.of_head(head.ends, piece).log_softmax(-1))
             values = weighted(
                 training.losses,
                 goal.logprobs,
@@ -205,10 +245,11 @@ def overlaps(
     answers = torch.zeros(len(Origin), device=columns.device)
     answers[Origin.ANSWER] = 1
     config = DecodeConfig(top_k=training.warp_top_k, top_p=training.warp_top_p)
+    head = TextHead.of(ends, columns, batch)
     rows = []
     for depth, states in enumerate(unroll(draft, ends, batch, training.evaluate_depths)):
-        goal = Goal.of(batch, depth, answers, columns, draft.config.hidden_size)
-        said = logits(ends, draft.head_input(states.flatten(0, 1)[goal.index].float()))
+        goal = Goal.of(batch, depth, answers, head, draft.config.hidden_size)
+        said = goal.of_head(head.ends, draft.head_input(states.flatten(0, 1)[goal.index].float()))
         plain = overlap(goal.logprobs, goal.in_columns(said.log_softmax(-1)))
         narrow = warped_target(goal.logprobs, training.warp_top_k, training.warp_top_p)
         warped = overlap(narrow, goal.in_columns(warp(said, config).dense()))

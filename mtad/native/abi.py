@@ -84,6 +84,8 @@ class Pass(ctypes.Structure):
         ("taps", ctypes.c_int32),
         ("tap_layer", _Pointer),
         ("tapped", _Pointer),
+        ("more", ctypes.POINTER(Matrix)),
+        ("from_", ctypes.c_int32),
     )
 
 
@@ -115,6 +117,8 @@ class Step(ctypes.Structure):
         ("known", ctypes.c_int32),
         ("skipped", ctypes.c_int32),
         ("logits", _Pointer),
+        ("more", ctypes.POINTER(Matrix)),
+        ("from_", ctypes.c_int32),
     )
 
 
@@ -151,9 +155,7 @@ class Mixture(ctypes.Structure):
         ("size", ctypes.c_int32),
         ("odds", _Pointer),
         ("places", _Pointer),
-        ("absent", ctypes.c_int64),
         ("mixed", _Pointer),
-        ("extra", _Pointer),
     )
 
 
@@ -164,7 +166,6 @@ class Choices(ctypes.Structure):
         ("logits", _Pointer),
         ("stride", ctypes.c_int64),
         ("names", _Pointer),
-        ("extra", _Pointer),
         ("rows", ctypes.c_int32),
         ("all", ctypes.c_int32),
         ("columns", ctypes.c_int32),

@@ -15,7 +15,7 @@ from mtad.native import abi
 from mtad.native.linear import matrix
 from mtad.native.llama import rotary_tables
 from mtad.native.model import LayerWeights, NativeModel
-from mtad.native.packing import BLOCK, FLOAT32, GROUP, pack
+from mtad.native.packing import BLOCK, CODES8, FLOAT32, GROUP, Packed, pack
 from mtad.native.threads import context
 
 
@@ -52,6 +52,7 @@ class NativeDraft:
         kind = FLOAT32 if exact else None
         self.draft = draft
         self._ends = ends
+        self._more_kind = FLOAT32 if exact else CODES8
         self.model = NativeModel(
             _layers_of(draft),
             draft.norm,
@@ -74,6 +75,10 @@ class NativeDraft:
             *(norm.data_ptr() for norm in floats),
             len(config.target_layers),
         )
+
+    def packed_rows(self, token_ids: Tensor) -> Packed:
+        """The rows of the target's head for [n] tokens, and rows of zeros up to a whole block."""
+        return pack(_padded(self._ends.rows(token_ids)[0]), self._more_kind)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """[n] → [n, H] float32, contiguous."""

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from mtad.eager import Saved
 from mtad.errors import PairError
-from mtad.logits import Columns, Logits
+from mtad.hidden_draft import Proposed
+from mtad.logits import Logits
 from mtad.native import abi
 from mtad.native.draft import NativeDraft
+from mtad.native.packing import BLOCK
 from mtad.native.rows import NATIVE_SEARCH
 from mtad.native.threads import context
 
@@ -36,16 +38,13 @@ class NativeDrafter:
         self.target_layers = native.draft.config.target_layers
         self._native = native
         self._width = native.model.width
-        self._proposed = int(native.draft.token_ids.shape[0])
-        self._columns = Columns.of(native.draft.token_ids, vocab_size)
 
     def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
         """Reads [n] tokens, each with the target's state [n, F·H] of the token before it."""
         # The first token of a text has none before it and is not read, except below an empty
         # prefix: then with zeros.
-        count = token_ids.shape[0]
-        self._begin_text(0, min(count, 1))
-        if count:
+        self._begin_text(0, min(token_ids.shape[0], 1), token_ids)
+        if token_ids.shape[0]:
             self._take(target_hidden)
             self._commit(token_ids[1:])
 
@@ -60,7 +59,7 @@ class NativeDrafter:
         self, saved: Saved, kept: int, token_ids: Tensor, target_hidden: Tensor | None
     ) -> None:
         """See `Resumable.resume`."""
-        self._begin_text(kept - 1, kept)
+        self._begin_text(kept - 1, kept, token_ids)
         self._cache.load(saved.tensors, self._cached)
         self._take(target_hidden)
         self._commit(token_ids[kept:])
@@ -75,7 +74,9 @@ class NativeDrafter:
             parts = [token_ids[:known], *token_ids[known:].unsqueeze(1)]
             found = [self._read(part, None) for part in parts if part.shape[0]]
             logits = found[0] if len(found) == 1 else torch.cat(found)
-        return Logits(logits[:, : self._proposed], self._columns, search=NATIVE_SEARCH)
+        columns = self._proposed.columns
+        width = self.vocab_size if columns is None else columns.token_ids.shape[0]
+        return Logits(logits[:, :width], columns, search=NATIVE_SEARCH)
 
     def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         """See `Drafter.keep`."""
@@ -84,6 +85,7 @@ class NativeDrafter:
         nodes = self._tokens[unread : max(unread, self._entries)]
         nodes = nodes[:path] if isinstance(path, int) else nodes[path]
         waiting = self._tokens[:unread]
+        self._propose(nodes)
         if self._entries:
             # What was read with the target's states stays; the rest of the path is read again.
             stay = min(nodes.shape[0], self._exact)
@@ -91,9 +93,16 @@ class NativeDrafter:
             nodes, waiting = nodes[stay:], waiting[:0]
         self._begin(torch.cat([waiting, nodes]))
 
-    def _begin_text(self, cached: int, position: int) -> None:
-        """An empty cache that is to hold `cached` tokens, the next one standing at `position`."""
+    def _begin_text(self, cached: int, position: int, token_ids: Tensor) -> None:
+        """An empty cache that is to hold `cached` tokens, the next one standing at `position`.
+
+        [n] tokens of the text are known, more than those perhaps.
+        """
         self._cache = self._native.model.cache()
+        self._proposed = Proposed(self._native.draft.token_ids, self.vocab_size)
+        self._more: abi.Matrix | None = None
+        self._more_data = torch.empty(0, dtype=torch.uint8)  # the kernels read from it
+        self._propose(token_ids)
         self._cached = cached
         self._position = position  # in the text, of an entry right below the prefix
         self._tokens = self._parents = torch.empty(0, dtype=torch.int64)
@@ -121,6 +130,19 @@ class NativeDrafter:
         read = [self._native.read_target(part) for part in parts]
         self._states = torch.cat([self._states, *read])
 
+    def _propose(self, token_ids: Tensor) -> None:
+        """Adds [n] tokens of the text to what can be proposed."""
+        known = self._proposed.more.shape[0]
+        if not self._proposed.read(token_ids):
+            return
+        whole = known // BLOCK * BLOCK  # of a block that is not full all rows are packed again
+        packed = self._native.packed_rows(self._proposed.more[whole:])
+        row_bytes = packed.data.shape[0] // packed.rows
+        self._more_data = torch.cat([self._more_data[: whole * row_bytes], packed.data])
+        self._more = abi.Matrix(
+            packed.kind, whole + packed.rows, packed.columns, 0, self._more_data.data_ptr()
+        )
+
     def _drop(self, count: int) -> None:
         """The first entries become a part of the prefix: their slots stay as they are."""
         self._cached += count
@@ -137,7 +159,9 @@ class NativeDrafter:
         torch.arange(-1, self._unread - 1, out=self._parents[: self._unread])
 
     def _read(self, token_ids: Tensor, parents: Tensor | None) -> Tensor:
-        """One pass over the unread tokens and n new nodes → logits [n, K'] after the nodes.
+        """One pass over the unread tokens and n new nodes → logits [n, C] after the nodes.
+
+        Columns behind those that can be proposed are not.
 
         Args:
             token_ids: [n].
@@ -157,7 +181,9 @@ class NativeDrafter:
             known = min(self._states.shape[0], 1 + self._unread + self._exact)
             self._given[:known] = self._states[:known]
         embedded = self._native.embed(self._tokens[old:end])
-        logits = self._given.new_empty(count, self._native.model.head_rows)
+        more = self._more
+        columns = self._native.model.head_rows + (0 if more is None else more.rows)
+        logits = self._given.new_empty(count, columns)
         self._cache.reserve(self._cached + end, self._cached + old)
         threads = context()
         failed = threads.library.mtad_draft(
@@ -176,6 +202,8 @@ class NativeDrafter:
                     known,
                     start - old,
                     logits.data_ptr() if count else None,
+                    None if more is None else ctypes.pointer(more),
+                    self._native.draft.token_ids.shape[0],
                 )
             ),
         )

@@ -112,6 +112,8 @@ typedef struct {
     int32_t taps;             /* hidden states to return: 0 is the input, i follows layer i, */
     const int32_t *tap_layer; /*   the last follows the final norm */
     float *tapped;            /* [rows, taps, width] */
+    const Matrix *more;       /* more rows of the head, with which logits are as wide as both; NULL */
+    int32_t from;             /*   for none. Theirs begin at this column, over what stands there */
 } Pass;
 
 /* The input of a product: floats, and where codes meet it also codes. */
@@ -539,13 +541,13 @@ INLINE void expect(const Seat *s, const Matrix *m) {
     fetch(m, m->data + start * block_bytes(m) - AHEAD, AHEAD);
 }
 
-/* out [rows, m->rows]: set to the product, or grown by it; for GATE [rows, m->rows / 2] set to
- * silu(gate) × up. `next` is the matrix that will be read after this one, or NULL. */
-static void product(const Seat *s, const Matrix *m, const Input *in, int rows, float *out, int mode,
-                    const Matrix *next) {
+/* out [rows, stride], of which the first m->rows columns are set to the product, or grown by it;
+ * for GATE the first m->rows / 2 are set to silu(gate) × up. `next` is the matrix that will be read
+ * after this one, or NULL. */
+static void product_in(const Seat *s, const Matrix *m, const Input *in, int rows, float *out,
+                       size_t stride, int mode, const Matrix *next) {
     size_t bytes = block_bytes(m);
-    int blocks = m->rows / BLOCK, outputs = m->rows;
-    if (mode == GATE) blocks /= 2, outputs /= 2;
+    int blocks = mode == GATE ? m->rows / BLOCK / 2 : m->rows / BLOCK;
     PARALLEL(s, blocks) {
         const uint8_t *data = m->data + (mode == GATE ? 2 : 1) * (size_t)item * bytes;
         for (int row = 0; row < rows; row += TILE) {
@@ -555,7 +557,7 @@ static void product(const Seat *s, const Matrix *m, const Input *in, int rows, f
                 tile(m, data, piece, in, row, count, sum);
                 if (mode == GATE) tile(m, data + bytes, piece, in, row, count, up);
                 for (int r = 0; r < count; r++) {
-                    float *to = out + (size_t)(row + r) * outputs + item * BLOCK + piece * LANES;
+                    float *to = out + (size_t)(row + r) * stride + item * BLOCK + piece * LANES;
                     floats value = sum[r];
                     if (mode == ADD) value += load_floats(to);
                     if (mode == GATE) {
@@ -570,6 +572,12 @@ static void product(const Seat *s, const Matrix *m, const Input *in, int rows, f
     }
     if (next) expect(s, next);
     meet(s);
+}
+
+/* The same with rows of `out` side by side. */
+static void product(const Seat *s, const Matrix *m, const Input *in, int rows, float *out, int mode,
+                    const Matrix *next) {
+    product_in(s, m, in, rows, out, (size_t)(mode == GATE ? m->rows / 2 : m->rows), mode, next);
 }
 
 static void normalise(const float *from, const float *weight, float eps, int columns, float *to) {
@@ -999,7 +1007,11 @@ static void forward_work(const Seat *s, void *argument) {
     const size_t groups = (size_t)(pass->skipped - from) * (size_t)(model->width / GROUP);
     in.values += groups * GROUP, in.codes += groups * GROUP;
     in.scales += groups, in.sums += groups, in.totals += groups;
-    product(s, &model->head, &in, rows - pass->skipped, pass->logits, STORE, NULL);
+    const Matrix *more = pass->more;
+    const size_t stride = (size_t)(model->head.rows + (more ? more->rows : 0));
+    const int asked = rows - pass->skipped;
+    product_in(s, &model->head, &in, asked, pass->logits, stride, STORE, more);
+    if (more) product_in(s, more, &in, asked, pass->logits + pass->from, stride, STORE, NULL);
 }
 
 static size_t most(size_t a, size_t b) { return a > b ? a : b; }
@@ -1073,6 +1085,8 @@ typedef struct {
     int32_t known;          /*   of each entry are read with; so many of the first stay as they are */
     int32_t skipped;
     float *logits;          /* [rows − skipped, head rows], or NULL */
+    const Matrix *more;     /* as in Pass */
+    int32_t from;
 } Step;
 
 typedef struct {
@@ -1109,7 +1123,8 @@ int mtad_draft(Context *c, const Draft *draft, Cache *cache, const Step *step) {
     const int nodes = step->old + step->rows;
     const size_t seen = rows * (size_t)nodes;
     Pass pass = {.rows = step->rows, .prefix = step->prefix, .nodes = nodes,
-                 .logits = step->logits, .skipped = step->skipped};
+                 .logits = step->logits, .skipped = step->skipped, .more = step->more,
+                 .from = step->from};
     Drafting d = {{.model = &draft->model, .cache = cache, .pass = &pass}, draft, step};
     const size_t more = rows * (width + 1) * sizeof(float) + seen + 3 * 64;
     char *at = cut_forward(c, &d.forward, (size_t)draft->join.columns, more);
@@ -1304,9 +1319,7 @@ void mtad_warp(const float *values, int rows, int columns, double temperature, d
 typedef struct {
     const float *logits;  /* [rows, all] */
     int64_t stride;       /* floats from row to row */
-    const int64_t *names; /* [all, or one less with `extra`] tokens of the columns; NULL where
-                           * column i is token i */
-    const int64_t *extra; /* [rows] the token of each row's last column; NULL for none */
+    const int64_t *names; /* [all] tokens of the columns; NULL where column i is token i */
     int32_t rows, all;
     int32_t columns; /* so many of each row are choices */
     double temperature, top_p;
@@ -1320,11 +1333,8 @@ void mtad_choose(Context *c, const Choices *h) {
     const Rows rows = {h->logits, h->stride, h->rows, h->all, h->columns,
                        h->values, h->token_ids, h->sums};
     mtad_rows(c, &rows);
-    for (int at = 0; h->names && at < h->rows * h->columns; at++) {
-        const int64_t column = h->token_ids[at];
-        const int own = h->extra && column == h->all - 1;
-        h->token_ids[at] = own ? h->extra[at / h->columns] : h->names[column];
-    }
+    for (int at = 0; h->names && at < h->rows * h->columns; at++)
+        h->token_ids[at] = h->names[h->token_ids[at]];
     mtad_warp(h->values, h->rows, h->columns, h->temperature, h->top_p, h->logprobs);
 }
 
@@ -1455,11 +1465,9 @@ typedef struct {
     const int64_t *tails; /* [rows, size] */
     int32_t count, size;
     const float *odds;     /* [size + 1] log(share / (1 - share)) by the length of a match */
-    const int64_t *places; /* the column of each token, `columns` for those without one; NULL
-                            * where column i is token i */
-    int64_t absent;        /* a token without a column */
-    float *mixed;          /* [rows, columns], one column more with `places` */
-    int64_t *extra;        /* [rows] the token of that column */
+    const int64_t *places; /* the column of each token, `columns` or more for those without one;
+                            * NULL where column i is token i */
+    float *mixed;          /* [rows, columns] */
 } Mixture;
 
 /* Where in the text the longest end of a tail stands with a token after it: the latest such place.
@@ -1478,19 +1486,17 @@ static int longest_match(const Mixture *m, const int64_t *tail, int64_t *token) 
 }
 
 /* Rows of (1 - share) · softmax + share · one token each, up to a constant: the mass of that
- * token grows. */
+ * token grows. One without a column is not copied. */
 void mtad_mix(const Mixture *m) {
-    const int columns = m->columns, width = columns + (m->places ? 1 : 0);
+    const int columns = m->columns;
     for (int row = 0; row < m->rows; row++) {
         const float *from = m->values + row * m->stride;
-        float *to = m->mixed + (size_t)row * (size_t)width;
+        float *to = m->mixed + (size_t)row * (size_t)columns;
         int64_t token;
         const float odds = m->odds[longest_match(m, m->tails + (size_t)row * m->size, &token)];
         memcpy(to, from, (size_t)columns * sizeof *to);
-        if (m->places) to[columns] = -INFINITY, m->extra[row] = m->absent;
-        if (odds == -INFINITY) continue;
         const int64_t place = m->places ? m->places[token] : token;
-        if (place == columns) m->extra[row] = token;
+        if (odds == -INFINITY || place >= columns) continue;
         const float a = to[place], b = log_sum(from, columns, largest_of(from, columns)) + odds;
         to[place] = a > b ? a + log1pf(expf(b - a)) : b + log1pf(expf(a - b));
     }

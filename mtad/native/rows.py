@@ -156,26 +156,22 @@ NATIVE_SEARCH = NativeSearch()
 
 
 def mixed(logits: Logits, text: Tensor, tails: Tensor, log_odds: Tensor) -> Logits:
-    """See `mtad.copy_drafter.mixed`; a row where nothing is copied is only copied itself."""
+    """See `mtad.copy_drafter.mixed`."""
     values, columns = _readable(logits.values), logits.columns
-    rows, width = values.shape
-    mixture = values.new_empty(rows, width + (columns is not None))
-    extra = None if columns is None else torch.empty(rows, dtype=torch.int64)
+    mixture = torch.empty(values.shape, dtype=torch.float32)
     tails = tails.contiguous()
     library.load().mtad_mix(
         ctypes.byref(
             abi.Mixture(
-                *(values.data_ptr(), values.stride(0), rows, width),
+                *(values.data_ptr(), values.stride(0), *values.shape),
                 *(text.data_ptr(), tails.data_ptr(), text.shape[0], tails.shape[1]),
                 log_odds.data_ptr(),
                 None if columns is None else columns.places.data_ptr(),
-                0 if columns is None else columns.absent,
                 mixture.data_ptr(),
-                None if extra is None else extra.data_ptr(),
             )
         )
     )
-    return Logits(mixture, columns, extra=extra, search=logits.search)
+    return Logits(mixture, columns, search=logits.search)
 
 
 def _read(values: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,7 +204,6 @@ def _choices(
     choices = abi.Choices(
         *(rows.data_ptr(), rows.stride(0)),
         None if names is None else names.token_ids.data_ptr(),
-        None if logits.extra is None else logits.extra.data_ptr(),
         *(height, every, count, temperature, top_p),
         *(values.data_ptr(), token_ids.data_ptr(), logprobs.data_ptr()),
         None if sums is None else sums.data_ptr(),
