@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from mtad import inspection
 from mtad.ballast import BallastShape, ballast, find_shape, title
-from mtad.draft import Drafter, Resumable
+from mtad.config import DecodeConfig
+from mtad.draft import BlockDrafter, Drafter, Resumable
 from mtad.eager import Saved
 from mtad.hidden_draft import Ends, HiddenDraft
+from mtad.histories import Histories
 from mtad.logits import Logits
 from mtad.pairs import EAGER, NATIVE, ModelPair, check_engine, hidden_drafter, ready_draft
 from mtad.trace import ModelInfo
@@ -68,6 +71,27 @@ class NarrowDrafter:
     def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Tensor | Logits:
         """See `Drafter.next_logits`."""
         return self._drafter.next_logits(token_ids, parents)
+
+    def draft_line(
+        self, logits: Logits, config: DecodeConfig, uniform: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """See `BlockDrafter`: what the drafter says."""
+        if not isinstance(self._drafter, BlockDrafter):
+            return None
+        return self._drafter.draft_line(logits, config, uniform)
+
+    def draft_beams(
+        self,
+        logits: Logits,
+        config: DecodeConfig,
+        steps: int,
+        chance: Callable[[int], Tensor],
+        ends: Tensor,
+    ) -> list[Histories] | None:
+        """See `BlockDrafter`: what the drafter says."""
+        if not isinstance(self._drafter, BlockDrafter):
+            return None
+        return self._drafter.draft_beams(logits, config, steps, chance, ends)
 
     def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         """See `Drafter.keep`."""

@@ -8,20 +8,15 @@ rest of q stays the draft's. It costs no pass and no training. The idea is promp
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mtad.draft import Drafter, Resumable
 from mtad.eager import Saved
-from mtad.logits import Logits
-
-_NO_TOKEN = -1
-
-# See `mixed`.
-Mix = Callable[[Logits, Tensor, Tensor, Tensor], Logits]
+from mtad.hidden_draft import copy_log_odds
+from mtad.logits import NO_TOKEN, Logits
 
 
 class CopyDrafter:
@@ -36,23 +31,13 @@ class CopyDrafter:
     _tails: Tensor  # [1 + nodes, n] the last tokens up to the committed text, then to each node
     _tokens: Tensor  # [nodes]
 
-    def __init__(self, drafter: Drafter, weights: Sequence[float], mix: Mix | None = None) -> None:
-        """Wraps a drafter.
-
-        Args:
-            drafter: the drafter.
-            weights: see above.
-            mix: an engine's own `mixed`.
-        """
+    def __init__(self, drafter: Drafter, weights: Sequence[float]) -> None:
+        """Wraps a drafter."""
         self.vocab_size = drafter.vocab_size
         self.target_layers = drafter.target_layers
         self.weights = tuple(weights)
         self._drafter = drafter
-        self._mix = mix or mixed
-        # log(weight / (1 − weight)) by the length of a match
-        self._log_odds = [-math.inf] + [
-            math.log(weight / (1 - weight)) if weight else -math.inf for weight in self.weights
-        ]
+        self._log_odds = copy_log_odds(weights)
 
     def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
         """See `Drafter.prefill`."""
@@ -84,7 +69,7 @@ class CopyDrafter:
         self._tokens = torch.cat([self._tokens, token_ids])
         if self._text.shape[0] < 2:
             return logits
-        return self._mix(logits, self._text, tails, self._odds)
+        return mixed(logits, self._text, tails, self._odds)
 
     def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         """See `Drafter.keep`."""
@@ -95,14 +80,14 @@ class CopyDrafter:
 
     def _begin_text(self, token_ids: Tensor) -> None:
         self._text = token_ids
-        self._odds = torch.tensor(self._log_odds, device=token_ids.device)
+        self._odds = self._log_odds.to(token_ids.device)
         self._begin_tree()
 
     def _begin_tree(self) -> None:
         size = len(self.weights)
         tail = self._text[-size:]
         if tail.shape[0] < size:
-            tail = torch.cat([tail.new_full((size - tail.shape[0],), _NO_TOKEN), tail])
+            tail = torch.cat([tail.new_full((size - tail.shape[0],), NO_TOKEN), tail])
         self._tails = tail.unsqueeze(0)
         self._tokens = self._text[:0]
 
@@ -135,7 +120,7 @@ def longest_match(text: Tensor, tails: Tensor) -> tuple[Tensor, Tensor]:
     """
     size = tails.shape[1]
     ends = text.shape[0] - 1  # a match ends at 0 … ends − 1, so that a token follows
-    padded = torch.cat([text.new_full((size - 1,), _NO_TOKEN - 1), text])
+    padded = torch.cat([text.new_full((size - 1,), NO_TOKEN - 1), text])
     # windows[j, −i] stands i − 1 tokens before place j
     windows = padded.unfold(0, size, 1)[:ends]
     equal = (windows.unsqueeze(0) == tails.unsqueeze(1)).flip(-1)

@@ -12,8 +12,10 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from mtad.config import DecodeConfig
 from mtad.eager import Saved
 from mtad.errors import PairError
+from mtad.histories import Histories
 from mtad.lm import CachedLM, Recorder
 from mtad.logits import Logits
 
@@ -79,6 +81,48 @@ class Resumable(Protocol):
         """
 
 
+@runtime_checkable
+class BlockDrafter(Protocol):
+    """A `Drafter` that can draft a whole block at once: what stands between its steps as well.
+
+    Both verbs go on from logits [1, V] that it gave last, those after its last node. They leave
+    behind the nodes, and give the tokens for the same uniforms, as if each step had been asked
+    for; the tokens of the last step become no nodes. Both want top-k to be in force
+    (`mtad.sampling.narrows`) and give None, having done nothing, where they cannot serve it.
+    """
+
+    def draft_line(
+        self, logits: Logits, config: DecodeConfig, uniform: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """Draws a token for each of [γ] uniforms, each below the one before.
+
+        Returns:
+            [γ] tokens and their log-probabilities; what they were drawn from, [γ, K] tokens and
+            warped log-probabilities.
+        """
+
+    def draft_beams(
+        self,
+        logits: Logits,
+        config: DecodeConfig,
+        steps: int,
+        chance: Callable[[int], Tensor],
+        ends: Tensor,
+    ) -> list[Histories] | None:
+        """Beam sampling for some steps, see `mtad.decoders.beams.grow_beams`.
+
+        Args:
+            logits: see above.
+            config: beam_width and the warp are read.
+            steps: of the search.
+            chance: gives so many uniforms, float64; asked once for those of all steps.
+            ends: [n] tokens that end a hypothesis.
+
+        Returns:
+            The hypotheses after each step.
+        """
+
+
 class LMDrafter:
     """A causal language model as a draft."""
 
@@ -135,6 +179,7 @@ class RecordedDrafter:
         self.target_layers = drafter.target_layers
         self.resume_from: tuple[Saved, int] | None = None
         self.begun = False
+        self._drafts_blocks = isinstance(drafter, BlockDrafter)
         self._recorder = recorder
         self._check = check
 
@@ -162,6 +207,33 @@ class RecordedDrafter:
                 f" must be a tensor of {rows} rows and at least {self.vocab_size} columns."
             )
         return Logits.of(logits).cut(self.vocab_size)
+
+    def draft_line(
+        self, logits: Logits, config: DecodeConfig, uniform: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """See `BlockDrafter`; recorded as "draft"."""
+        if not self._drafts_blocks:
+            return None
+        assert isinstance(self.drafter, BlockDrafter)
+        self._check()
+        with self._recorder.span("draft"):
+            return self.drafter.draft_line(logits, config, uniform)
+
+    def draft_beams(
+        self,
+        logits: Logits,
+        config: DecodeConfig,
+        steps: int,
+        chance: Callable[[int], Tensor],
+        ends: Tensor,
+    ) -> list[Histories] | None:
+        """See `BlockDrafter`; recorded as "draft"."""
+        if not self._drafts_blocks:
+            return None
+        assert isinstance(self.drafter, BlockDrafter)
+        self._check()
+        with self._recorder.span("draft"):
+            return self.drafter.draft_beams(logits, config, steps, chance, ends)
 
     def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         """Recorded as "draft": it may read the target's hidden states."""

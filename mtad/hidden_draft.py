@@ -14,7 +14,8 @@ Pure shapes and arithmetic: files are in `mtad.draft_files`, the walk along a tr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -274,6 +275,12 @@ class Ends:
         """The head's rows [n, H] of any tokens [n], and their biases [n] or None."""
         bias = None if self.whole_bias is None else _picked(self.whole_bias, token_ids)
         return _picked(self.whole, token_ids), bias
+
+
+def copy_log_odds(weights: Sequence[float]) -> Tensor:
+    """[n + 1] float32, by the length of a match from 0: log(share / (1 − share))."""
+    odds = [math.log(weight / (1 - weight)) if weight else -math.inf for weight in weights]
+    return torch.tensor([-math.inf, *odds], dtype=torch.float32)
 
 
 class Proposed:

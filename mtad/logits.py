@@ -197,6 +197,7 @@ class TorchSearch:
 TORCH_SEARCH = TorchSearch()
 
 NO_COLUMN = 2**31 - 1
+NO_TOKEN = -1
 
 
 @dataclass(frozen=True)

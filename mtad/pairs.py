@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mtad import inspection, loading
-from mtad.copy_drafter import CopyDrafter, mixed
+from mtad.copy_drafter import CopyDrafter
 from mtad.cuda import llama as cuda_llama
 from mtad.cuda.draft import CudaDraft
 from mtad.cuda.drafter import CudaDrafter
@@ -28,7 +28,7 @@ from mtad.fetch import SMOLLM2, fetch, quiet
 from mtad.hidden_draft import Ends, HiddenDraft
 from mtad.hidden_drafter import EagerDraft, HiddenDrafter, RunnableDraft
 from mtad.lm import CachedLM
-from mtad.native import library, rows
+from mtad.native import library
 from mtad.native.draft import NativeDraft, unsupported_draft
 from mtad.native.drafter import NativeDrafter
 from mtad.native.llama import NativeLlama, unsupported_reason
@@ -302,13 +302,11 @@ def hidden_drafter(runnable: RunnableDraft | NativeDraft | CudaDraft, vocab_size
     """The walk along a tree, with the copy distribution that the draft asks for."""
     if isinstance(runnable, CudaDraft):
         return CudaDrafter(runnable, vocab_size)
-    weights = runnable.draft.config.copy_weights
-    drafter: Drafter
     if isinstance(runnable, NativeDraft):
-        drafter, mix = NativeDrafter(runnable, vocab_size), rows.mixed
-    else:
-        drafter, mix = HiddenDrafter(runnable, vocab_size), mixed
-    return CopyDrafter(drafter, weights, mix) if weights else drafter
+        return NativeDrafter(runnable, vocab_size)
+    weights = runnable.draft.config.copy_weights
+    drafter = HiddenDrafter(runnable, vocab_size)
+    return CopyDrafter(drafter, weights) if weights else drafter
 
 
 def engine_reason(pair: ModelPair, engine: str) -> str | None:

@@ -29,6 +29,7 @@ from mtad.cuda.fused import Fused, Plain, kernels
 from mtad.cuda.llama import CudaLlama, unsupported_reason
 from mtad.cuda.stack import fused
 from mtad.decoders import common, load_decoder
+from mtad.draft import Drafter
 from mtad.errors import PairError
 from mtad.hidden_draft import Ends
 from mtad.hidden_drafter import EagerDraft, HiddenDrafter
@@ -39,6 +40,7 @@ from tests.test_hidden_draft import LAYERS, VOCABULARY, Reference, make_draft
 from tests.test_invariants import every_form
 from tests.test_lm import OPERATIONS
 from tests.test_syncs import SyncCounter
+from tests.walks import logq, walk_side_by_side
 
 WEIGHTS = (0.1, 0.4, 0.7)
 
@@ -273,12 +275,6 @@ def test_only_rows_beside_each_other_are_taken_as_fused() -> None:
 # Steps of a draft
 
 
-def logq(logits: Any) -> Tensor:
-    """They are defined up to a constant."""
-    rows: Tensor = logits if isinstance(logits, Tensor) else logits.dense()
-    return rows.float().log_softmax(-1)
-
-
 @pytest.mark.parametrize("weights", [(), WEIGHTS, (0.5,)], ids=["plain", "copies", "one token"])
 @pytest.mark.usefixtures("small")
 @torch.no_grad()
@@ -293,59 +289,12 @@ def test_any_walk_is_that_of_the_drafter_on_any_device(
     draft = make_draft(copy_weights=weights).to(device)
     ends = Ends.of(target, draft.token_ids)
     made = CudaDraft(draft, ends)
-    generator = torch.Generator().manual_seed(1)
 
-    def pick(below: int) -> int:
-        return int(torch.randint(below, (), generator=generator))
+    def drafters() -> tuple[Drafter, Drafter]:
+        plain = HiddenDrafter(EagerDraft(draft, ends), VOCABULARY)
+        return CopyDrafter(plain, weights) if weights else plain, CudaDrafter(made, VOCABULARY)
 
-    def given(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
-    def hidden(text: list[int]) -> Tensor | None:
-        return CachedLM(target).prefill(given(text), LAYERS) if text else None
-
-    compared = 0
-    for _ in range(12):
-        text = [pick(5) for _ in range(1 + pick(9))]
-        plain: Any = HiddenDrafter(EagerDraft(draft, ends), VOCABULARY)
-        drafters = CopyDrafter(plain, weights) if weights else plain, CudaDrafter(made, VOCABULARY)
-        known, pending = len(text) - 1, 1
-        for drafter in drafters:
-            drafter.prefill(given(text[:-1]), hidden(text[:-1]))
-
-        def both(*arguments: Any, drafters: Any = drafters) -> int:
-            expected, found = (logq(drafter.next_logits(*arguments)) for drafter in drafters)
-            torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
-            return int(found.shape[0])
-
-        for _ in range(5):
-            before = text[: len(text) - pending]
-            compared += both(given(text[-pending:]))
-            nodes = [text[len(before) : len(before) + i + 1] for i in range(pending)]
-            leaves = [pending - 1]
-            for _ in range(pick(4)):
-                parents = [leaves[pick(len(leaves))] for _ in range(1 + pick(4))]
-                tokens = [pick(5) for _ in parents]
-                chain = len(nodes) == leaves[-1] + 1 == parents[0] + 1 and len(parents) == 1
-                if chain and pick(2):
-                    compared += both(given(tokens))
-                else:
-                    compared += both(given(tokens), given(parents))
-                leaves = list(range(len(nodes), len(nodes) + len(tokens)))
-                nodes += [[*nodes[a], token] for a, token in zip(parents, tokens, strict=True)]
-            kept = nodes[pending - 1 + pick(len(nodes) - pending + 1)]
-            path = [nodes.index(kept[: i + 1]) for i in range(len(kept))]
-            further = [pick(5) for _ in range(pick(2))]
-            text = [*before, *kept, *further]
-            states = hidden(text)
-            assert states is not None
-            linear = path == list(range(len(path)))
-            as_count = linear and pick(2)
-            for drafter in drafters:
-                drafter.keep(len(path) if as_count else given(path), states[known:])
-            known, pending = len(text), 1 + len(further)
-            text.append(pick(5))
-    assert compared > 150
+    walk_side_by_side(target, drafters, device)
 
 
 @torch.no_grad()

@@ -16,19 +16,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import mtad
-from mtad.draft import Drafter
+from mtad.copy_drafter import CopyDrafter
+from mtad.draft import Drafter, RecordedDrafter
 from mtad.draft_files import FILE_NAME, load_draft, save_draft
 from mtad.errors import ConfigError, PairError
 from mtad.hidden_draft import Ends, HiddenDraft, HiddenDraftConfig
 from mtad.hidden_drafter import EagerDraft, HiddenDrafter
 from mtad.lm import CachedLM
+from mtad.logits import Logits
 from mtad.native import library
 from mtad.native.draft import NativeDraft
 from mtad.native.drafter import NativeDrafter
 from mtad.pairs import ModelPair
 from tests.models import FAMILIES, tiny
+from tests.walks import walk_side_by_side
 
 VOCABULARY = 40
+needs_a_compiler = pytest.mark.skipif(
+    library.unavailable_reason() is not None, reason="no C compiler on this machine"
+)
 LAYERS = (0, 1, 2)
 CPU = torch.device("cpu")
 
@@ -109,12 +115,7 @@ def native_walk(draft: HiddenDraft, ends: Ends) -> Drafter:
 
 WALKS = [
     eager_walk,
-    pytest.param(
-        native_walk,
-        marks=pytest.mark.skipif(
-            library.unavailable_reason() is not None, reason="no C compiler on this machine"
-        ),
-    ),
+    pytest.param(native_walk, marks=needs_a_compiler),
 ]
 
 
@@ -177,6 +178,25 @@ def walk_at_random(target: PreTrainedModel, draft: HiddenDraft, walk: Any) -> No
             text.append(pick(VOCABULARY))
     assert compared > 60
     assert rare > 60
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("weights", [(), (0.1, 0.4, 0.7), (0.5,)], ids=["plain", "copies", "one"])
+@pytest.mark.parametrize("tokens", [5, VOCABULARY])
+def test_the_kernels_walk_as_the_drafter_on_any_device(
+    weights: tuple[float, ...], tokens: int
+) -> None:
+    target, _ = native_sizes()
+    draft = make_draft(hidden_size=64, copy_weights=weights)
+    ends = Ends.of(target, draft.token_ids)
+    native = NativeDraft(draft, ends, 512, exact=True)
+
+    def drafters() -> tuple[Drafter, Drafter]:
+        plain = HiddenDrafter(EagerDraft(draft, ends), VOCABULARY)
+        copying = CopyDrafter(plain, weights) if weights else plain
+        return copying, NativeDrafter(native, VOCABULARY)
+
+    walk_side_by_side(target, drafters, tokens_below=tokens)
 
 
 @pytest.mark.parametrize("walk", WALKS)
@@ -255,6 +275,70 @@ def test_every_method_drafts_what_the_reference_would(method: str, prompt: list[
             paths.append([*above, nodes.token_ids[node]])
         text += step.decision.emitted
     assert any(step.decision.tree.token_ids for step in trace.steps)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("method", ["speculative", "typical", "mtad", "mtad_tree"])
+@pytest.mark.parametrize("weights", [(), (0.1, 0.4, 0.7)], ids=["plain", "copies"])
+def test_a_block_at_once_is_the_block_step_by_step(
+    method: str, weights: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same decisions to the bit, with ends of sequences and rare tokens in the blocks."""
+    sizes = {"vocab_size": 48, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 64}
+    target = tiny(**sizes, eos_token_id=[7, 8, 30])
+    draft = make_draft(hidden_size=64, copy_weights=weights)
+    pair = ModelPair(target, draft, engine="native-float32")
+    blocks = 0
+
+    def counted(name: str) -> None:
+        plain = getattr(NativeDrafter, name)
+
+        def draft_block(self: NativeDrafter, *arguments: Any) -> Any:
+            nonlocal blocks
+            blocks += 1
+            return plain(self, *arguments)
+
+        monkeypatch.setattr(NativeDrafter, name, draft_block)
+
+    counted("draft_line")
+    counted("draft_beams")
+    passes = accepted = 0
+    for seed in range(6):
+        config = mtad.DecodeConfig(
+            max_new_tokens=40,
+            top_k=9,
+            top_p=0.95,
+            temperature=1.5,
+            seed=seed,
+            accept_threshold=0.05,
+        )
+        config = dataclasses.replace(config, num_draft_tokens=1 + seed, beam_width=1 + seed)
+        at_once = mtad.run(method, pair, prompt_ids=[1, 3, 5], config=config)
+        with monkeypatch.context() as patched:
+            patched.setattr(RecordedDrafter, "draft_line", lambda *_: None)
+            patched.setattr(RecordedDrafter, "draft_beams", lambda *_: None)
+            before = blocks
+            by_step = mtad.run(method, pair, prompt_ids=[1, 3, 5], config=config)
+            assert blocks == before
+        assert at_once.decisions() == by_step.decisions()
+        passes += at_once.summary.target_passes
+        accepted += sum(len(step.decision.path) for step in at_once.steps)
+    assert blocks > passes / 2
+    assert accepted > 5
+
+
+@needs_a_compiler
+def test_more_choices_than_the_kernels_hold_are_drafted_step_by_step() -> None:
+    target, draft = native_sizes()
+    drafter = NativeDrafter(NativeDraft(draft, Ends.of(target, draft.token_ids), 512), VOCABULARY)
+    config = mtad.DecodeConfig(top_k=513)
+    logits = Logits(torch.zeros(1, 600))
+
+    def never(count: int) -> Tensor:
+        raise AssertionError
+
+    assert drafter.draft_line(logits, config, torch.zeros(3)) is None
+    assert drafter.draft_beams(logits, config, 3, never, torch.empty(0)) is None
 
 
 def test_a_pair_says_what_its_draft_weighs() -> None:

@@ -16,10 +16,9 @@ from mtad.cuda.arena import Arena, Lender, power_of_two
 from mtad.cuda.graphs import Graphs, ordinary_tensors
 from mtad.cuda.llama import seen_below
 from mtad.cuda.stack import LayerWeights, Stack
-from mtad.hidden_draft import NORM_EPS, Ends, HiddenDraft, Layer
-from mtad.logits import NO_COLUMN, Columns, Logits, TorchSearch
+from mtad.hidden_draft import NORM_EPS, Ends, HiddenDraft, Layer, copy_log_odds
+from mtad.logits import NO_COLUMN, NO_TOKEN, Columns, Logits, TorchSearch
 
-NO_TOKEN = -1
 _FIRST_ENTRIES = 1024
 _FIRST_TEXT = 1024
 
@@ -151,8 +150,7 @@ class DraftArena(Arena):
         with ordinary_tensors():
             like = made.stack.norm
             self.books = Books.of(made, _FIRST_ENTRIES, _FIRST_TEXT)
-            shares = torch.tensor((0.0, *weights), device=like.device)
-            self._log_odds = shares.logit()
+            self._log_odds = copy_log_odds(weights).to(like.device)
         self._columns: dict[tuple[int, ...], Columns] = {}
         self._scalars = [0] * self.books.scalars.shape[0]
         # A block is drawn from what each of its steps has left.

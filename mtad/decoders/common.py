@@ -10,6 +10,7 @@ synchronisation of the iteration; `bild` also asks after every draft token wheth
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,12 +21,14 @@ import torch
 from torch import Tensor
 
 from mtad.config import DecodeConfig
-from mtad.draft import Drafter
+from mtad.decoders.beams import grow_beams
+from mtad.draft import BlockDrafter, Drafter
 from mtad.errors import PairError
+from mtad.histories import Histories
 from mtad.lm import CachedLM
 from mtad.logits import Logits, wide
 from mtad.pace import Pace
-from mtad.sampling import token_logprobs, top_alternatives, uniforms
+from mtad.sampling import narrows, token_logprobs, top_alternatives, uniforms
 from mtad.trace import Alternative, Decision, DraftTree, FinalKind
 
 NUM_ALTERNATIVES = 5
@@ -205,6 +208,37 @@ class State:
         assert self.draft is not None, "this method needs a draft"
         self.draft_passes += 1
         return Logits.of(self.draft.next_logits(token_ids, parents))
+
+    def draft_line(
+        self, logits: Logits, uniform: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """`BlockDrafter.draft_line`, counted; None where a block is drafted step by step."""
+        if not (isinstance(self.draft, BlockDrafter) and narrows(logits, self.rule_config)):
+            return None
+        found = self.draft.draft_line(logits, self.rule_config, uniform)
+        if found is not None:
+            self.draft_passes += uniform.shape[0] - 1
+        return found
+
+    def draft_beams(self, steps: int) -> Sequence[Histories]:
+        """Beam sampling on the draft below its pending tokens: the hypotheses after each step.
+
+        At once where the draft can, see `BlockDrafter.draft_beams`; else step by step.
+        """
+        config, first = self.config, self.draft_logits(self.draft_pending)[-1:]
+        if isinstance(self.draft, BlockDrafter) and narrows(first, config):
+            chance = functools.partial(uniforms, self.generator)
+            found = self.draft.draft_beams(first, config, steps, chance, self.eos)
+            if found is not None:
+                self.draft_passes += steps - 1
+                return found
+
+        def next_logits(token_ids: Tensor, parents: Tensor | None) -> Logits:
+            return first if parents is None else self.draft_logits(token_ids, parents)
+
+        return grow_beams(
+            next_logits, self.draft_pending, steps, config, self.generator, self.is_eos
+        )
 
     def is_eos(self, token_ids: Tensor) -> Tensor:
         """[...] bool."""

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mtad.config import DecodeConfig
-from mtad.decoders.beams import grow_beams
 from mtad.decoders.common import Proposal, State, Verdict
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
@@ -66,14 +65,7 @@ def draft_block(state: State, length: int) -> Proposal:
     """The hypothesis with the largest joint q after γ steps of beam sampling on the draft."""
     if length == 0:
         return Proposal.nothing(state.target.device)
-    beams = grow_beams(
-        state.draft_logits,
-        state.draft_pending,
-        length,
-        state.config,
-        state.generator,
-        state.is_eos,
-    )[-1]
+    beams = state.draft_beams(length)[-1]
     best = beams.best()
     return Proposal.block(
         beams.token_ids[best][0],

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mtad.config import DecodeConfig
-from mtad.decoders.beams import grow_beams
 from mtad.decoders.common import Proposal, State, Verdict
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
@@ -75,14 +74,7 @@ def draft_tree(state: State, length: int) -> tuple[Proposal, Tensor, Tensor]:
     if length == 0:
         nothing = Proposal.nothing(state.target.device)
         return nothing, nothing.draft_logprobs, nothing.parents.view(0, 0)
-    history = grow_beams(
-        state.draft_logits,
-        state.draft_pending,
-        length,
-        state.config,
-        state.generator,
-        state.is_eos,
-    )
+    history = state.draft_beams(length)
     roots = torch.full_like(history[0].nodes[:, -1], -1)
     tree = Proposal(
         token_ids=torch.cat([beams.token_ids[:, -1] for beams in history]),

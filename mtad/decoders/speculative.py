@@ -70,16 +70,23 @@ def draft_block(state: State, length: int) -> tuple[Proposal, Warped | None]:
     """γ tokens from q, one at a time, and the rows [γ, K] that they were drawn from."""
     if length == 0:
         return Proposal.nothing(state.target.device), None
-    drawn = []
     chance = uniforms(state.generator, length)
-    unread = state.draft_pending
-    for position in range(length):
-        last = state.draft_logits(unread)[-1:]
-        drawn.append(draw_next(last, state.rule_config, chance[position : position + 1], position))
-        unread = drawn[-1][0]
-    tokens, logprobs, ids, rows = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    first = state.draft_logits(state.draft_pending)[-1:]
+    tokens, logprobs, ids, rows = state.draft_line(first, chance) or _line(state, first, chance)
     block = Proposal.block(tokens, logprobs, cached_depth=length - 1)
-    return block, Warped(ids, rows, last.vocab_size)
+    return block, Warped(ids, rows, first.vocab_size)
+
+
+def _line(state: State, logits: Logits, chance: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `BlockDrafter.draft_line`; step by step."""
+    drawn: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for position in range(chance.shape[0]):
+        if position:
+            logits = state.draft_logits(drawn[-1][0])
+        one = chance[position : position + 1]
+        drawn.append(draw_next(logits, state.rule_config, one, position))
+    tokens, logprobs, ids, rows = (torch.cat(parts) for parts in zip(*drawn, strict=True))
+    return tokens, logprobs, ids, rows
 
 
 def draw_next(

@@ -103,22 +103,69 @@ class Draft(ctypes.Structure):
     )
 
 
+class Books(ctypes.Structure):
+    """`Books` of kernels.c."""
+
+    _fields_ = (
+        ("prefix", ctypes.c_int32),
+        ("position", ctypes.c_int32),
+        ("embedding", _Pointer),
+        ("tokens", _Pointer),
+        ("parents", _Pointer),
+        ("given", _Pointer),
+        ("tails", _Pointer),
+        ("text", _Pointer),
+        ("count", ctypes.c_int32),
+        ("size", ctypes.c_int32),
+        ("odds", _Pointer),
+        ("more", ctypes.POINTER(Matrix)),
+        ("from_", ctypes.c_int32),
+        ("columns", ctypes.c_int32),
+        ("names", _Pointer),
+        ("places", _Pointer),
+    )
+
+
 class Step(ctypes.Structure):
     """`Step` of kernels.c."""
 
     _fields_ = (
-        ("prefix", ctypes.c_int32),
         ("old", ctypes.c_int32),
         ("rows", ctypes.c_int32),
-        ("position", ctypes.c_int32),
-        ("embedded", _Pointer),
+        ("fresh", ctypes.c_int32),
+        ("tokens", _Pointer),
         ("parents", _Pointer),
-        ("given", _Pointer),
+        ("below", ctypes.c_int32),
         ("known", ctypes.c_int32),
-        ("skipped", ctypes.c_int32),
         ("logits", _Pointer),
-        ("more", ctypes.POINTER(Matrix)),
-        ("from_", ctypes.c_int32),
+    )
+
+
+class Block(ctypes.Structure):
+    """`Block` of kernels.c."""
+
+    _fields_ = (
+        ("steps", ctypes.c_int32),
+        ("first", ctypes.c_int32),
+        ("choices", ctypes.c_int32),
+        ("temperature", ctypes.c_double),
+        ("top_p", ctypes.c_double),
+        ("logits", _Pointer),
+        ("scratch", _Pointer),
+    )
+
+
+class Line(ctypes.Structure):
+    """`Line` of kernels.c."""
+
+    _fields_ = (
+        ("block", Block),
+        ("uniform", _Pointer),
+        ("drawn", _Pointer),
+        ("picked", _Pointer),
+        ("values", _Pointer),
+        ("token_ids", _Pointer),
+        ("logprobs", _Pointer),
     )
 
 
@@ -138,24 +185,6 @@ class Rows(ctypes.Structure):
         ("best", _Pointer),
         ("at", _Pointer),
         ("sums", _Pointer),
-    )
-
-
-class Mixture(ctypes.Structure):
-    """`Mixture` of kernels.c."""
-
-    _fields_ = (
-        ("values", _Pointer),
-        ("stride", ctypes.c_int64),
-        ("rows", ctypes.c_int32),
-        ("columns", ctypes.c_int32),
-        ("text", _Pointer),
-        ("tails", _Pointer),
-        ("count", ctypes.c_int32),
-        ("size", ctypes.c_int32),
-        ("odds", _Pointer),
-        ("places", _Pointer),
-        ("mixed", _Pointer),
     )
 
 
@@ -192,6 +221,25 @@ class Growth(ctypes.Structure):
     )
 
 
+class Search(ctypes.Structure):
+    """`Search` of kernels.c."""
+
+    _fields_ = (
+        ("block", Block),
+        ("width", ctypes.c_int32),
+        ("chance", _Pointer),
+        ("ends", _Pointer),
+        ("num_ends", ctypes.c_int32),
+        ("values", _Pointer),
+        ("best", _Pointer),
+        ("warped", _Pointer),
+        ("races", _Pointer),
+        ("tokens", _Pointer),
+        ("parents", _Pointer),
+        *((name, _Pointer) for name in HISTORIES),
+    )
+
+
 class Sample(ctypes.Structure):
     """`Sample` of kernels.c."""
 
@@ -206,6 +254,7 @@ class Sample(ctypes.Structure):
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Gives the functions of a loaded library their types."""
     integer = ctypes.c_int
+    drafting = _Pointer, ctypes.POINTER(Draft), ctypes.POINTER(Cache), ctypes.POINTER(Books)
     for name, result, arguments in (
         ("mtad_open", _Pointer, (integer,)),
         ("mtad_close", None, (_Pointer,)),
@@ -225,11 +274,9 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
             None,
             (ctypes.POINTER(Model), ctypes.POINTER(Cache), _Pointer, integer, integer),
         ),
-        (
-            "mtad_draft",
-            integer,
-            (_Pointer, ctypes.POINTER(Draft), ctypes.POINTER(Cache), ctypes.POINTER(Step)),
-        ),
+        ("mtad_draft", integer, (*drafting, ctypes.POINTER(Step))),
+        ("mtad_line", integer, (*drafting, ctypes.POINTER(Line))),
+        ("mtad_search", integer, (*drafting, ctypes.POINTER(Search))),
         ("mtad_read", integer, (_Pointer, ctypes.POINTER(Draft), _Pointer, _Pointer, integer)),
         ("mtad_rows", None, (_Pointer, ctypes.POINTER(Rows))),
         (
@@ -242,7 +289,6 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         ("mtad_sample", None, (_Pointer, ctypes.POINTER(Sample))),
         ("mtad_draw", None, (*[_Pointer] * 3, integer, integer, _Pointer)),
         ("mtad_pick", None, (*[_Pointer] * 3, integer, integer, _Pointer)),
-        ("mtad_mix", None, (ctypes.POINTER(Mixture),)),
         ("mtad_kernels", ctypes.c_char_p, ()),
     ):
         function = getattr(library, name)

@@ -18,6 +18,8 @@ from mtad.native.model import LayerWeights, NativeModel
 from mtad.native.packing import BLOCK, CODES8, FLOAT32, GROUP, Packed, pack
 from mtad.native.threads import context
 
+_TABLE_ROWS = 4096
+
 
 class NativeDraft:
     """A draft whose every step is one call of the kernels.
@@ -25,6 +27,7 @@ class NativeDraft:
     Attributes:
         draft: what it was made from.
         model: its layers, and the rows of the target's head.
+        embedding: [V, H] float32, the target's.
         weight_bytes: that a pass reads, the rows of the target's head among them.
     """
 
@@ -67,6 +70,7 @@ class NativeDraft:
         read, join = pack(draft.read.weight, kind), pack(draft.join.weight, kind)
         floats = [norm.detach() for norm in (draft.read_norm, draft.token_norm, draft.state_norm)]
         self.weight_bytes = self.model.weight_bytes + read.data.numel() + join.data.numel()
+        self.embedding = _table(ends)
         self._kept = (read, join, floats)  # the kernels hold pointers into these
         self.struct = abi.Draft(
             self.model.struct,
@@ -79,13 +83,6 @@ class NativeDraft:
     def packed_rows(self, token_ids: Tensor) -> Packed:
         """The rows of the target's head for [n] tokens, and rows of zeros up to a whole block."""
         return pack(_padded(self._ends.rows(token_ids)[0]), self._more_kind)
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """[n] → [n, H] float32, contiguous."""
-        embed = self._ends.embed
-        if type(embed) is torch.nn.Embedding:  # whose call costs more than this lookup
-            return embed.weight.detach().index_select(0, token_ids).float()
-        return embed(token_ids).float().contiguous()
 
     def read_target(self, hidden: Tensor) -> Tensor:
         """The target's hidden states [n, F·H] → the states [n, H] that the draft reads."""
@@ -117,6 +114,16 @@ def unsupported_draft(draft: HiddenDraft) -> str | None:
             f" {config.mlp_size}."
         )
     return None
+
+
+def _table(ends: Ends) -> Tensor:
+    """[V, H] what `ends.embed` says of every token: the target's own matrix where it is that."""
+    embed, size = ends.embed, ends.whole.shape[0]
+    if type(embed) is torch.nn.Embedding and embed.weight.dtype is torch.float32:
+        return embed.weight.detach().contiguous()
+    with torch.inference_mode():
+        parts = [embed(tokens).float() for tokens in torch.split(torch.arange(size), _TABLE_ROWS)]
+    return torch.cat(parts)
 
 
 def _padded(head: Tensor) -> Tensor:

@@ -1,82 +1,145 @@
-"""Walks a `NativeDraft` along a tree of tokens, a call of the kernels each step.
+"""Walks a `NativeDraft` along a tree of tokens, a call of the kernels each step or each block.
 
-What `mtad.hidden_drafter` does on any device; here the books lie where the kernels read them, and
-every number that says how far something has got is the host's own.
+What `mtad.hidden_drafter` and `mtad.copy_drafter` do on any device; here the books lie where the
+kernels read them, and every number that says how far something has got is the host's own.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from mtad.config import DecodeConfig
 from mtad.eager import Saved
 from mtad.errors import PairError
-from mtad.hidden_draft import Proposed
-from mtad.logits import Logits
+from mtad.hidden_draft import Proposed, copy_log_odds
+from mtad.histories import Histories
+from mtad.logits import NO_TOKEN, Logits
 from mtad.native import abi
 from mtad.native.draft import NativeDraft
 from mtad.native.packing import BLOCK
-from mtad.native.rows import NATIVE_SEARCH
+from mtad.native.rows import NARROW, NATIVE_SEARCH
 from mtad.native.threads import context
 
 _CHUNK_TOKENS = 512
+_FIRST_TEXT = 512
 
 
 class NativeDrafter:
-    """See `mtad.draft.Drafter` and `mtad.hidden_drafter.HiddenDrafter`.
+    """See `mtad.draft.Drafter`, `mtad.hidden_drafter.HiddenDrafter` and `mtad.draft.BlockDrafter`.
 
     The draft's cache holds a prefix of the text. Below it stand entries: the committed tokens that
     are not yet in it, a chain, then the nodes. An entry has a token, the entry above it (−1 for
-    the prefix), and the state that tokens right below it are read with: the target's where the
-    target has been, else the draft's own.
+    the prefix), the state that tokens right below it are read with (the target's where the target
+    has been, else the draft's own), and the last tokens up to it, by which it is known what is
+    copied.
     """
 
     def __init__(self, native: NativeDraft, vocab_size: int) -> None:
+        config = native.draft.config
         self.vocab_size = vocab_size
-        self.target_layers = native.draft.config.target_layers
+        self.target_layers = config.target_layers
         self._native = native
         self._width = native.model.width
+        self._tail = len(config.copy_weights)
+        self._odds = copy_log_odds(config.copy_weights)
+        self._books = abi.Books(
+            embedding=native.embedding.data_ptr(),
+            size=self._tail,
+            odds=self._odds.data_ptr(),
+            from_=native.draft.token_ids.shape[0],
+        )
 
     def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
         """Reads [n] tokens, each with the target's state [n, F·H] of the token before it."""
         # The first token of a text has none before it and is not read, except below an empty
         # prefix: then with zeros.
-        self._begin_text(0, min(token_ids.shape[0], 1), token_ids)
-        if token_ids.shape[0]:
+        first = min(token_ids.shape[0], 1)
+        self._begin_text(0, first, token_ids)
+        if first:
             self._take(target_hidden)
             self._commit(token_ids[1:])
 
     def save(self) -> Saved | None:
         """See `Resumable.save`: as far as the text was read with the target's states."""
         # A text that began empty was read from its first token on, which no prompt is.
-        if self._position != self._cached + 1:
+        if self._books.position != self._books.prefix + 1:
             return None
-        return Saved(self._position, self._cache.save(self._cached))
+        return Saved(self._books.position, self._cache.save(self._books.prefix))
 
     def resume(
         self, saved: Saved, kept: int, token_ids: Tensor, target_hidden: Tensor | None
     ) -> None:
         """See `Resumable.resume`."""
         self._begin_text(kept - 1, kept, token_ids)
-        self._cache.load(saved.tensors, self._cached)
+        self._cache.load(saved.tensors, kept - 1)
         self._take(target_hidden)
         self._commit(token_ids[kept:])
 
     def next_logits(self, token_ids: Tensor, parents: Tensor | None = None) -> Logits:
         """See `Drafter.next_logits`."""
         if parents is not None:
-            logits = self._read(token_ids, parents + self._unread)
+            logits = self._read(token_ids, parents)
         else:
             # A chain is read at once as far as the target's states reach, then one by one.
             known = 0 if self._entries else self._states.shape[0] - self._unread
             parts = [token_ids[:known], *token_ids[known:].unsqueeze(1)]
             found = [self._read(part, None) for part in parts if part.shape[0]]
             logits = found[0] if len(found) == 1 else torch.cat(found)
-        columns = self._proposed.columns
-        width = self.vocab_size if columns is None else columns.token_ids.shape[0]
-        return Logits(logits[:, :width], columns, search=NATIVE_SEARCH)
+        values = logits[:, : self._books.columns]
+        return Logits(values, self._proposed.columns, search=NATIVE_SEARCH)
+
+    def draft_line(
+        self, logits: Logits, config: DecodeConfig, uniform: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """See `BlockDrafter.draft_line`."""
+        if config.top_k > NARROW:
+            return None
+        steps, choices = uniform.shape[0], config.top_k
+        block, _held = self._block(logits, config, steps, 1)
+        token_ids = torch.empty(steps, choices, dtype=torch.int64)
+        values, logprobs = _floats(2, steps, choices)
+        drawn, picked = torch.empty(steps, dtype=torch.int64), _floats(steps)
+        uniform = uniform.contiguous()
+        results = uniform, drawn, picked, values, token_ids, logprobs
+        self._call("mtad_line", abi.Line(block, *(each.data_ptr() for each in results)))
+        self._entries += steps - 1
+        return drawn, picked, token_ids, logprobs
+
+    def draft_beams(
+        self,
+        logits: Logits,
+        config: DecodeConfig,
+        steps: int,
+        chance: Callable[[int], Tensor],
+        ends: Tensor,
+    ) -> list[Histories] | None:
+        """See `BlockDrafter.draft_beams`."""
+        if config.top_k > NARROW:
+            return None
+        width, choices = config.beam_width, config.top_k
+        block, _held = self._block(logits, config, steps, width)
+        candidates = max(width * choices, width)
+        uniform = chance(max(choices, width) + (steps - 1) * candidates)
+        values, warped = _floats(2, candidates)
+        best = torch.empty(candidates, dtype=torch.int64)
+        races = torch.empty(candidates, dtype=torch.float64)
+        tokens, parents = torch.empty(2, width, dtype=torch.int64)
+        results = Results(steps, width)
+        spare = values, best, warped, races, tokens, parents
+        self._call(
+            "mtad_search",
+            abi.Search(
+                *(block, width, uniform.data_ptr(), ends.data_ptr(), ends.shape[0]),
+                *(each.data_ptr() for each in spare),
+                *results.pointers(),
+            ),
+        )
+        self._entries += (steps - 1) * width
+        return results.histories()
 
     def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         """See `Drafter.keep`."""
@@ -85,7 +148,7 @@ class NativeDrafter:
         nodes = self._tokens[unread : max(unread, self._entries)]
         nodes = nodes[:path] if isinstance(path, int) else nodes[path]
         waiting = self._tokens[:unread]
-        self._propose(nodes)
+        self._append(nodes)
         if self._entries:
             # What was read with the target's states stays; the rest of the path is read again.
             stay = min(nodes.shape[0], self._exact)
@@ -96,25 +159,32 @@ class NativeDrafter:
     def _begin_text(self, cached: int, position: int, token_ids: Tensor) -> None:
         """An empty cache that is to hold `cached` tokens, the next one standing at `position`.
 
-        [n] tokens of the text are known, more than those perhaps.
+        [n] tokens of the text are known, `position` of which are not read.
         """
         self._cache = self._native.model.cache()
+        books = self._books
+        books.prefix, books.position, books.count = cached, position, 0
         self._proposed = Proposed(self._native.draft.token_ids, self.vocab_size)
         self._more: abi.Matrix | None = None
         self._more_data = torch.empty(0, dtype=torch.uint8)  # the kernels read from it
-        self._propose(token_ids)
-        self._cached = cached
-        self._position = position  # in the text, of an entry right below the prefix
+        self._name_columns()
+        size = self._tail
+        self._text = torch.full((size + _FIRST_TEXT,), NO_TOKEN)
         self._tokens = self._parents = torch.empty(0, dtype=torch.int64)
+        self._tails = torch.empty(0, size, dtype=torch.int64)
         self._given = _floats(0, self._width)  # of the prefix, then of each entry
         # The target's, from there: zeros before the first token of a text.
         self._states = _floats(0 if position else 1, self._width).zero_()
+        self._propose(token_ids)
+        self._append(token_ids[:position])
         self._begin(self._tokens)
 
     def _commit(self, token_ids: Tensor) -> None:
         """Reads [n] tokens of the text, the states before them being known."""
         for start in range(0, token_ids.shape[0], _CHUNK_TOKENS):
-            self._begin(token_ids[start : start + _CHUNK_TOKENS])
+            chunk = token_ids[start : start + _CHUNK_TOKENS]
+            self._append(chunk)
+            self._begin(chunk)
             self._read(token_ids[:0], None)
             self._drop(self._unread)
             self._begin(token_ids[:0])
@@ -130,6 +200,19 @@ class NativeDrafter:
         read = [self._native.read_target(part) for part in parts]
         self._states = torch.cat([self._states, *read])
 
+    def _append(self, token_ids: Tensor) -> None:
+        """Adds [n] committed tokens to the text: they can be proposed and copied."""
+        count = token_ids.shape[0]
+        start = self._tail + self._books.count
+        if start + count > self._text.shape[0]:
+            text = torch.full((2 * (start + count),), NO_TOKEN)
+            text[:start] = self._text[:start]
+            self._text = text
+        self._text[start : start + count] = token_ids
+        self._books.text = self._text[self._tail :].data_ptr()
+        self._books.count += count
+        self._propose(token_ids)
+
     def _propose(self, token_ids: Tensor) -> None:
         """Adds [n] tokens of the text to what can be proposed."""
         known = self._proposed.more.shape[0]
@@ -142,21 +225,39 @@ class NativeDrafter:
         self._more = abi.Matrix(
             packed.kind, whole + packed.rows, packed.columns, 0, self._more_data.data_ptr()
         )
+        self._name_columns()
+
+    def _name_columns(self) -> None:
+        """Tells the kernels what the columns of the logits stand for."""
+        books, columns = self._books, self._proposed.columns
+        if columns is None:
+            books.columns, books.names, books.places = self.vocab_size, None, None
+        else:
+            books.columns = columns.token_ids.shape[0]
+            books.names, books.places = columns.token_ids.data_ptr(), columns.places.data_ptr()
+        books.more = None if self._more is None else ctypes.pointer(self._more)
+        more = 0 if self._more is None else self._more.rows
+        self._stride = self._native.model.head_rows + more
+        self._scratch = _floats(0)
 
     def _drop(self, count: int) -> None:
         """The first entries become a part of the prefix: their slots stay as they are."""
-        self._cached += count
-        self._position += count
+        self._books.prefix += count
+        self._books.position += count
         self._states = self._states[count:]
 
     def _begin(self, unread: Tensor) -> None:
-        """No nodes, and [u] committed tokens to read."""
+        """No nodes, and [u] committed tokens to read, the last ones of the text."""
         self._unread = unread.shape[0]
         self._entries = 0  # that were read
         self._exact = 0  # so many of the first nodes were read with the target's states
         self._reserve(self._unread)
-        self._tokens[: self._unread] = unread
-        torch.arange(-1, self._unread - 1, out=self._parents[: self._unread])
+        if self._unread:
+            self._tokens[: self._unread] = unread
+            torch.arange(-1, self._unread - 1, out=self._parents[: self._unread])
+        if self._tail:
+            start = self._books.count - self._unread
+            self._tails[0] = self._text[start : start + self._tail]
 
     def _read(self, token_ids: Tensor, parents: Tensor | None) -> Tensor:
         """One pass over the unread tokens and n new nodes → logits [n, C] after the nodes.
@@ -165,52 +266,58 @@ class NativeDrafter:
 
         Args:
             token_ids: [n].
-            parents: [n] entries; None for a chain below the last one.
+            parents: [n] nodes, −1 for the committed text; None for a chain below the last entry.
         """
         count, old, known = token_ids.shape[0], self._entries, 0
-        start = old or self._unread
-        end = start + count
+        end = (old or self._unread) + count
         self._reserve(end)
-        self._tokens[start:end] = token_ids
-        if parents is None:
-            torch.arange(start - 1, end - 1, out=self._parents[start:end])
-        else:
-            self._parents[start:end] = parents
         if not old:
             self._exact = 0 if parents is not None else count
             known = min(self._states.shape[0], 1 + self._unread + self._exact)
             self._given[:known] = self._states[:known]
-        embedded = self._native.embed(self._tokens[old:end])
-        more = self._more
-        columns = self._native.model.head_rows + (0 if more is None else more.rows)
-        logits = self._given.new_empty(count, columns)
-        self._cache.reserve(self._cached + end, self._cached + old)
+        logits = _floats(count, self._stride)
+        self._cache.reserve(self._books.prefix + end, self._books.prefix + old)
+        token_ids = token_ids.contiguous()
+        parents = None if parents is None else parents.contiguous()
+        self._call(
+            "mtad_draft",
+            abi.Step(
+                *(old, end - old, count, token_ids.data_ptr()),
+                None if parents is None else parents.data_ptr(),
+                *(self._unread, known, logits.data_ptr() if count else None),
+            ),
+        )
+        self._entries = end
+        return logits
+
+    def _block(
+        self, logits: Logits, config: DecodeConfig, steps: int, width: int
+    ) -> tuple[abi.Block, Tensor]:
+        """What both kinds of blocks have in common; the tensor must live as long."""
+        first = self._entries
+        end = first + (steps - 1) * width
+        self._reserve(end)
+        self._cache.reserve(self._books.prefix + end, self._books.prefix + first)
+        if self._scratch.shape[0] < width * self._stride:
+            self._scratch = _floats(width * self._stride)
+        row = logits.values.contiguous()
+        block = abi.Block(
+            *(steps, first, config.top_k, config.temperature, config.top_p),
+            *(row.data_ptr(), self._scratch.data_ptr()),
+        )
+        return block, row
+
+    def _call(self, function: str, argument: ctypes.Structure) -> None:
         threads = context()
-        failed = threads.library.mtad_draft(
+        failed = getattr(threads.library, function)(
             threads.pointer,
             ctypes.byref(self._native.struct),
             ctypes.byref(self._cache.struct),
-            ctypes.byref(
-                abi.Step(
-                    self._cached,
-                    old,
-                    end - old,
-                    self._position,
-                    embedded.data_ptr(),
-                    self._parents.data_ptr(),
-                    self._given.data_ptr(),
-                    known,
-                    start - old,
-                    logits.data_ptr() if count else None,
-                    None if more is None else ctypes.pointer(more),
-                    self._native.draft.token_ids.shape[0],
-                )
-            ),
+            ctypes.byref(self._books),
+            ctypes.byref(argument),
         )
         if failed:
-            raise MemoryError(f"no memory for a step of {end - old:,} rows")
-        self._entries = end
-        return logits
+            raise MemoryError("no memory for a step of the draft")
 
     def _reserve(self, entries: int) -> None:
         """Makes room for so many entries."""
@@ -218,12 +325,54 @@ class NativeDrafter:
         if entries < size:
             return
         size, old = 2 * entries + 64, size
-        tokens, parents, given = self._tokens, self._parents, self._given
+        tokens, parents, given, tails = self._tokens, self._parents, self._given, self._tails
         self._tokens, self._parents = torch.empty(2, size, dtype=torch.int64)
         self._given = _floats(size, self._width)
-        self._tokens[:old], self._parents[:old], self._given[:old] = tokens, parents, given
+        self._tails = torch.empty(size, self._tail, dtype=torch.int64)
+        self._tokens[:old], self._parents[:old] = tokens, parents
+        self._given[:old], self._tails[:old] = given, tails
+        books = self._books
+        books.tokens, books.parents = self._tokens.data_ptr(), self._parents.data_ptr()
+        books.given, books.tails = self._given.data_ptr(), self._tails.data_ptr()
 
 
-def _floats(rows: int, width: int) -> Tensor:
+class Results:
+    """The histories of all steps of a beam search, one after the other in a few tensors."""
+
+    def __init__(self, steps: int, width: int) -> None:
+        self._steps, self._width = steps, width
+        wide, flat = width * steps * (steps + 1) // 2, width * steps
+        sizes = {name: wide for name in _WIDE} | {name: flat for name in _FLAT}
+        self._tensors = {name: torch.empty(sizes[name], dtype=_KINDS[name]) for name in _KINDS}
+
+    def pointers(self) -> list[int]:
+        """Where they are written, in the order of `abi.HISTORIES`."""
+        return [self._tensors[name].data_ptr() for name in abi.HISTORIES]
+
+    def histories(self) -> list[Histories]:
+        """After each step."""
+        found, width, wide = [], self._width, 0
+        for step in range(1, self._steps + 1):
+            end = wide + width * step
+            own = {name: self._tensors[name][wide:end].view(width, step) for name in _WIDE}
+            flat = slice(width * (step - 1), width * step)
+            found.append(Histories(**own, **{name: self._tensors[name][flat] for name in _FLAT}))
+            wide = end
+        return found
+
+
+_KINDS = {
+    "token_ids": torch.int64,
+    "logprobs": torch.float32,
+    "nodes": torch.int64,
+    "real": torch.bool,
+    "joint": torch.float64,
+    "finished": torch.bool,
+    "came_from": torch.int64,
+}
+_WIDE, _FLAT = ("token_ids", "logprobs", "nodes", "real"), ("joint", "finished", "came_from")
+
+
+def _floats(*shape: int) -> Tensor:
     """Not of torch's default type, which another thread changes while it loads a model."""
-    return torch.empty(rows, width, dtype=torch.float32)
+    return torch.empty(*shape, dtype=torch.float32)

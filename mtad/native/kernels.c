@@ -1074,58 +1074,111 @@ typedef struct {
     int32_t taps;
 } Draft;
 
-/* New entries below `prefix` slots, behind `old` ones that have been read. An entry is a token
- * and the entry above it, −1 for the prefix; it stands one place further in the text than that. */
+/* Where a drafter is in a text. Below the `prefix` slots of its cache stand entries: a token and the
+ * entry above it, −1 for the prefix; it stands one place further in the text than that one. */
 typedef struct {
-    int32_t prefix, old, rows;
-    int32_t position;       /* of an entry right below the prefix */
-    const float *embedded;  /* [rows, width] the target's embeddings of their tokens */
-    const int64_t *parents; /* [old + rows] */
-    float *given;           /* [1 + old + rows, width] the states that children of the prefix and */
-    int32_t known;          /*   of each entry are read with; so many of the first stay as they are */
-    int32_t skipped;
-    float *logits;          /* [rows − skipped, head rows], or NULL */
-    const Matrix *more;     /* as in Pass */
+    int32_t prefix;
+    int32_t position;        /* of an entry right below the prefix */
+    const float *embedding;  /* [V, width] the target's */
+    int64_t *tokens;         /* [entries] */
+    int64_t *parents;        /* [entries] */
+    float *given;            /* [1 + entries, width] the states that children of the prefix and of */
+                             /*   each entry are read with */
+    int64_t *tails;          /* [1 + entries, size] the last tokens up to there */
+    const int64_t *text;     /* [count] what can be copied */
+    int32_t count, size;     /* `size` 0 copies nothing */
+    const float *odds;       /* [size + 1] log(share / (1 − share)) by the length of a match */
+    const Matrix *more;      /* as in Pass */
     int32_t from;
+    int32_t columns;         /* that stand for tokens: */
+    const int64_t *names;    /* [columns] the token of each; NULL where column i is token i */
+    const int64_t *places;   /* [V] the column of each; `columns` or more for none; or NULL */
+} Books;
+
+/* `rows` entries are read behind `old` ones that have been. The last `fresh` of them are new. */
+typedef struct {
+    int32_t old, rows, fresh;
+    const int64_t *tokens;  /* [fresh] */
+    const int64_t *parents; /* [fresh]; NULL for a chain below the last entry */
+    int32_t below;          /* the entry that parent 0 means; parent −1 is the one before it */
+    int32_t known;          /* so many of the first of `given` stay as they are */
+    float *logits;          /* [fresh, head rows and `more`], or NULL */
 } Step;
 
 typedef struct {
     Forward forward;
     const Draft *draft;
-    const Step *step;
+    const Books *books;
+    int old;
 } Drafting;
 
 static void draft_work(const Seat *s, void *argument) {
     const Drafting *d = argument;
     const Draft *draft = d->draft;
-    const Step *step = d->step;
-    const int width = draft->model.width;
+    const Books *books = d->books;
+    const size_t width = (size_t)draft->model.width;
     Input in = own(s, d->forward.in);
     in.columns = draft->join.columns;
-    ROWS_OF(s, &in, step->rows) {
-        const int entry = step->old + item;
-        const float *embedded = step->embedded + (size_t)item * width;
-        const float *state = step->given + (size_t)(1 + step->parents[entry]) * width;
-        float *to = in.values + (size_t)item * in.columns;
-        normalise(embedded, draft->token_norm, draft->model.eps, width, to);
-        normalise(state, draft->state_norm, draft->model.eps, width, to + width);
+    ROWS_OF(s, &in, d->forward.pass->rows) {
+        const int entry = d->old + item;
+        const float *embedded = books->embedding + (size_t)books->tokens[entry] * width;
+        const float *state = books->given + (size_t)(1 + books->parents[entry]) * width;
+        float *to = in.values + (size_t)item * (size_t)in.columns;
+        normalise(embedded, draft->token_norm, draft->model.eps, (int)width, to);
+        normalise(state, draft->state_norm, draft->model.eps, (int)width, to + width);
         if (draft->join.kind != FLOAT32) encode(&in, item);
     }
     if (!in.apart) meet(s);
     const Matrix *next = &draft->model.layer[0].qkv;
-    product(s, &draft->join, &in, step->rows, d->forward.pass->states, STORE, next);
+    product(s, &draft->join, &in, d->forward.pass->rows, d->forward.pass->states, STORE, next);
     forward_work(s, (void *)&d->forward);
 }
 
-/* One pass over new entries. 0 if it was done, 1 where memory is missing. */
-int mtad_draft(Context *c, const Draft *draft, Cache *cache, const Step *step) {
+/* Where in the text the longest end of a tail stands with a token after it: the latest such place.
+ * Its length; the token after it, any where the length is 0. */
+static int longest_match(const Books *b, const int64_t *tail, int64_t *token) {
+    int longest = 0;
+    *token = b->text[0];
+    for (int end = b->count - 2; end >= 0 && longest < b->size; end--) {
+        int length = 0;
+        while (length < b->size && length <= end &&
+               b->text[end - length] == tail[b->size - 1 - length])
+            length++;
+        if (length > longest) longest = length, *token = b->text[end + 1];
+    }
+    return longest;
+}
+
+static float largest_of(const float *from, int columns);
+static float log_sum(const float *from, int columns, float most);
+
+/* A row becomes (1 − share) · softmax + share · the token that is copied, up to a constant: the mass
+ * of that token grows. One without a column is not copied. */
+static void mix(const Books *b, const int64_t *tail, float *row) {
+    int64_t token;
+    if (b->count < 2) return;
+    const float odds = b->odds[longest_match(b, tail, &token)];
+    const int64_t place = b->places ? b->places[token] : token;
+    if (odds == -INFINITY || place >= b->columns) return;
+    const float was = row[place];
+    const float added = log_sum(row, b->columns, largest_of(row, b->columns)) + odds;
+    row[place] = was > added ? was + log1pf(expf(added - was)) : added + log1pf(expf(was - added));
+}
+
+/* One pass over entries. 0 if it was done, 1 where memory is missing. */
+int mtad_draft(Context *c, const Draft *draft, Cache *cache, const Books *books, const Step *step) {
     const size_t rows = (size_t)step->rows, width = (size_t)draft->model.width;
-    const int nodes = step->old + step->rows;
+    const size_t size = (size_t)books->size;
+    const int nodes = step->old + step->rows, first = nodes - step->fresh;
     const size_t seen = rows * (size_t)nodes;
-    Pass pass = {.rows = step->rows, .prefix = step->prefix, .nodes = nodes,
-                 .logits = step->logits, .skipped = step->skipped, .more = step->more,
-                 .from = step->from};
-    Drafting d = {{.model = &draft->model, .cache = cache, .pass = &pass}, draft, step};
+    for (int i = 0; i < step->fresh; i++) {
+        books->tokens[first + i] = step->tokens[i];
+        books->parents[first + i] = step->parents ? step->parents[i] + step->below : first + i - 1;
+    }
+    Pass pass = {.rows = step->rows, .prefix = books->prefix, .nodes = nodes,
+                 .logits = step->logits, .skipped = step->rows - step->fresh,
+                 .more = books->more, .from = books->from};
+    Drafting d = {{.model = &draft->model, .cache = cache, .pass = &pass}, draft, books, step->old};
     const size_t more = rows * (width + 1) * sizeof(float) + seen + 3 * 64;
     char *at = cut_forward(c, &d.forward, (size_t)draft->join.columns, more);
     if (!at) return 1;
@@ -1134,8 +1187,8 @@ int mtad_draft(Context *c, const Draft *draft, Cache *cache, const Step *step) {
     uint8_t *visible = cut(&at, seen);
     memset(visible, 0, seen);
     for (int row = 0; row < step->rows; row++) {
-        positions[row] = step->position - 1;
-        for (int64_t e = step->old + row; e >= 0; e = step->parents[e]) {
+        positions[row] = books->position - 1;
+        for (int64_t e = step->old + row; e >= 0; e = books->parents[e]) {
             visible[(size_t)row * (size_t)nodes + (size_t)e] = 1;
             positions[row]++;
         }
@@ -1144,11 +1197,18 @@ int mtad_draft(Context *c, const Draft *draft, Cache *cache, const Step *step) {
     pass.visible = visible;
     look(&d.forward);
     run(c, draft_work, &d);
+    const size_t stride = (size_t)(draft->model.head.rows + (books->more ? books->more->rows : 0));
     for (int row = 0; row < step->rows; row++) {
-        const int child = 1 + step->old + row;
-        if (child < step->known) continue;
-        memcpy(step->given + (size_t)child * width, pass.states + (size_t)row * width,
-               width * sizeof(float));
+        const size_t entry = (size_t)(step->old + row), above = (size_t)books->parents[entry] + 1;
+        if ((int)entry + 1 >= step->known)
+            memcpy(books->given + (entry + 1) * width, pass.states + (size_t)row * width,
+                   width * sizeof(float));
+        if (!size) continue;
+        int64_t *tail = books->tails + (entry + 1) * size;
+        memcpy(tail, books->tails + above * size + 1, (size - 1) * sizeof *tail);
+        tail[size - 1] = books->tokens[entry];
+        if (step->logits && row >= pass.skipped)
+            mix(books, tail, step->logits + (size_t)(row - pass.skipped) * stride);
     }
     return 0;
 }
@@ -1457,49 +1517,129 @@ void mtad_pick(const float *logprobs, const int64_t *token_ids, const int64_t *t
     }
 }
 
-typedef struct {
-    const float *values; /* [rows, columns] logits */
-    int64_t stride;      /* floats from row to row */
-    int32_t rows, columns;
-    const int64_t *text; /* [count] */
-    const int64_t *tails; /* [rows, size] */
-    int32_t count, size;
-    const float *odds;     /* [size + 1] log(share / (1 - share)) by the length of a match */
-    const int64_t *places; /* the column of each token, `columns` or more for those without one;
-                            * NULL where column i is token i */
-    float *mixed;          /* [rows, columns] */
-} Mixture;
+/* ---- whole blocks of a draft --------------------------------------------------------------- */
 
-/* Where in the text the longest end of a tail stands with a token after it: the latest such place.
- * Its length; the token after it, any where the length is 0. */
-static int longest_match(const Mixture *m, const int64_t *tail, int64_t *token) {
-    int longest = 0;
-    *token = m->text[0];
-    for (int end = m->count - 2; end >= 0 && longest < m->size; end--) {
-        int length = 0;
-        while (length < m->size && length <= end &&
-               m->text[end - length] == tail[m->size - 1 - length])
-            length++;
-        if (length > longest) longest = length, *token = m->text[end + 1];
-    }
-    return longest;
+/* `steps` tokens behind the last of `first` entries, after which stand `logits`; each is read as an
+ * entry of its own but those of the last step. */
+typedef struct {
+    int32_t steps, first;
+    int32_t choices;            /* of each row so many are left */
+    double temperature, top_p;
+    const float *logits;        /* [columns of the books] */
+    float *scratch;             /* [width or 1, head rows and `more`] logits of later steps */
+} Block;
+
+static int further(Context *c, const Draft *draft, Cache *cache, const Books *books,
+                   const Block *block, const Step *step, Choices *from) {
+    if (mtad_draft(c, draft, cache, books, step)) return 1;
+    from->logits = block->scratch;
+    from->stride = draft->model.head.rows + (books->more ? books->more->rows : 0);
+    from->rows = step->fresh;
+    return 0;
 }
 
-/* Rows of (1 - share) · softmax + share · one token each, up to a constant: the mass of that
- * token grows. One without a column is not copied. */
-void mtad_mix(const Mixture *m) {
-    const int columns = m->columns;
-    for (int row = 0; row < m->rows; row++) {
-        const float *from = m->values + row * m->stride;
-        float *to = m->mixed + (size_t)row * (size_t)columns;
-        int64_t token;
-        const float odds = m->odds[longest_match(m, m->tails + (size_t)row * m->size, &token)];
-        memcpy(to, from, (size_t)columns * sizeof *to);
-        const int64_t place = m->places ? m->places[token] : token;
-        if (odds == -INFINITY || place >= columns) continue;
-        const float a = to[place], b = log_sum(from, columns, largest_of(from, columns)) + odds;
-        to[place] = a > b ? a + log1pf(expf(b - a)) : b + log1pf(expf(a - b));
+static Choices choices_of(const Books *books, const Block *block) {
+    return (Choices){.logits = block->logits, .stride = books->columns, .names = books->names,
+                     .rows = 1, .all = books->columns, .columns = block->choices,
+                     .temperature = block->temperature, .top_p = block->top_p};
+}
+
+/* A line of draws. */
+typedef struct {
+    Block block;
+    const double *uniform; /* [steps] */
+    int64_t *drawn;        /* [steps] */
+    float *picked;         /* [steps] their log-probabilities */
+    float *values;         /* [steps, choices] the largest of each row, */
+    int64_t *token_ids;    /* their tokens */
+    float *logprobs;       /* and warped log-probabilities */
+} Line;
+
+/* 0 if it was done, 1 where memory is missing. */
+int mtad_line(Context *c, const Draft *draft, Cache *cache, const Books *books, const Line *line) {
+    const Block *block = &line->block;
+    Choices from = choices_of(books, block);
+    for (int step = 0; step < block->steps; step++) {
+        if (step) {
+            const Step next = {.old = block->first + step - 1, .rows = 1, .fresh = 1,
+                               .tokens = line->drawn + step - 1, .logits = block->scratch};
+            if (further(c, draft, cache, books, block, &next, &from)) return 1;
+        }
+        const size_t at = (size_t)step * (size_t)block->choices;
+        from.values = line->values + at;
+        from.token_ids = line->token_ids + at;
+        from.logprobs = line->logprobs + at;
+        const Sample sample = {from, line->uniform + step, line->drawn + step, line->picked + step};
+        mtad_sample(c, &sample);
     }
+    return 0;
+}
+
+/* Beam sampling. Of step s there are [width, s] and [width] results, behind those of the steps
+ * before. */
+typedef struct {
+    Block block;
+    int32_t width;
+    const double *chance; /* of each step as in Growth, one after the other */
+    const int64_t *ends;  /* [num_ends] tokens that end a hypothesis */
+    int32_t num_ends;
+    float *values;        /* [width, choices], overwritten, */
+    int64_t *best;        /* as the following */
+    float *warped;
+    double *races;        /* [width, choices], or [width] where that is more */
+    int64_t *tokens, *parents; /* [width] */
+    int64_t *token_ids;
+    float *logprobs;
+    int64_t *nodes;
+    uint8_t *real;
+    double *joint;
+    uint8_t *finished;
+    int64_t *came_from;
+} Search;
+
+/* 0 if it was done, 1 where memory is missing. */
+int mtad_search(Context *c, const Draft *draft, Cache *cache, const Books *books, const Search *b) {
+    const Block *block = &b->block;
+    const size_t width = (size_t)b->width;
+    const double *chance = b->chance;
+    const double no_joint = 0.0;
+    const uint8_t unfinished = 0;
+    Growth g = {.from = choices_of(books, block), .width = b->width, .joint = &no_joint,
+                .finished = &unfinished, .races = b->races};
+    g.from.values = b->values, g.from.token_ids = b->best, g.from.logprobs = b->warped;
+    size_t wide = 0; /* where the [width, s] results of a step begin */
+    for (int step = 0; step < block->steps; step++) {
+        const size_t flat = width * (size_t)step, next = wide + width * (size_t)step;
+        if (step) {
+            for (size_t slot = 0; slot < width; slot++) {
+                const size_t last = wide + (slot + 1) * (size_t)step - 1;
+                b->tokens[slot] = b->token_ids[last];
+                b->parents[slot] = step > 1 ? b->nodes[last - 1] : -1;
+            }
+            const int old = block->first + (step - 1) * b->width;
+            const Step entries = {.old = old, .rows = b->width, .fresh = b->width,
+                                  .tokens = b->tokens, .parents = b->parents,
+                                  .below = block->first, .logits = block->scratch};
+            if (further(c, draft, cache, books, block, &entries, &g.from)) return 1;
+        }
+        const int rows = g.from.rows, columns = g.from.columns;
+        g.steps = step;
+        g.chance = chance;
+        chance += rows * columns > b->width ? rows * columns : b->width;
+        g.new_token_ids = b->token_ids + next, g.new_logprobs = b->logprobs + next;
+        g.new_nodes = b->nodes + next, g.new_real = b->real + next;
+        g.new_joint = b->joint + flat, g.new_finished = b->finished + flat;
+        g.came_from = b->came_from + flat;
+        mtad_grow(c, &g);
+        for (size_t slot = 0; slot < width; slot++)
+            for (int e = 0; e < b->num_ends; e++)
+                if (g.new_token_ids[(slot + 1) * (size_t)(step + 1) - 1] == b->ends[e])
+                    g.new_finished[slot] = 1;
+        g.token_ids = g.new_token_ids, g.logprobs = g.new_logprobs, g.nodes = g.new_nodes;
+        g.real = g.new_real, g.joint = g.new_joint, g.finished = g.new_finished;
+        wide = next;
+    }
+    return 0;
 }
 
 /* ---- single products and moves ------------------------------------------------------------- */

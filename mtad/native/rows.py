@@ -1,4 +1,4 @@
-"""Searches on the kernels: through wide rows of logits, and through a text."""
+"""Searches through wide rows of logits on the kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mtad.native import abi, library
 from mtad.native.threads import context
 
 # Up to here one call is dearer than its work, and torch makes ten.
-_NARROW = 512
+NARROW = 512
 
 
 class NativeSearch:
@@ -37,7 +37,7 @@ class NativeSearch:
         self, logits: Logits, count: int, temperature: float, top_p: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """See `Search.choose`."""
-        if count > _NARROW:
+        if count > NARROW:
             return None
         sums = torch.empty(logits.values.shape[0], dtype=torch.float32)
         choices, (_, values, token_ids, logprobs) = _choices(
@@ -49,7 +49,7 @@ class NativeSearch:
 
     def warp(self, values: Tensor, temperature: float, top_p: float) -> Tensor:
         """See `Search.warp`; masses are summed in float64."""
-        if values.shape[-1] > _NARROW:
+        if values.shape[-1] > NARROW:
             return TORCH_SEARCH.warp(values, temperature, top_p)
         values = values.contiguous()
         logprobs = torch.empty_like(values)
@@ -67,7 +67,7 @@ class NativeSearch:
     def draw(self, logprobs: Tensor, token_ids: Tensor, uniform: Tensor) -> Tensor:
         """See `Search.draw`."""
         columns = logprobs.shape[-1]
-        if columns > _NARROW or uniform.shape != logprobs.shape[:-1]:
+        if columns > NARROW or uniform.shape != logprobs.shape[:-1]:
             return TORCH_SEARCH.draw(logprobs, token_ids, uniform)
         mass, token_ids = logprobs.double().contiguous(), token_ids.contiguous()
         level = uniform.double().contiguous()
@@ -82,7 +82,7 @@ class NativeSearch:
         """See `Search.pick`."""
         columns = logprobs.shape[-1]
         known = logprobs.dtype == torch.float32 and tokens.shape == logprobs.shape[:-1]
-        if columns > _NARROW or not known:
+        if columns > NARROW or not known:
             return TORCH_SEARCH.pick(logprobs, token_ids, tokens)
         logprobs, token_ids = logprobs.contiguous(), token_ids.contiguous()
         tokens = tokens.contiguous()
@@ -104,7 +104,7 @@ class NativeSearch:
         chance: Tensor,
     ) -> Histories | None:
         """See `Search.grow`."""
-        if top_k > _NARROW:
+        if top_k > NARROW:
             return None
         choices, _held = _choices(logits, top_k, temperature, top_p)
         steps = histories.steps
@@ -137,7 +137,7 @@ class NativeSearch:
         self, logits: Logits, top_k: int, temperature: float, top_p: float, uniform: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """See `Search.sample`."""
-        if top_k > _NARROW:
+        if top_k > NARROW:
             return None
         choices, (*_held, token_ids, logprobs) = _choices(logits, top_k, temperature, top_p)
         drawn = torch.empty_like(uniform, dtype=torch.int64)
@@ -153,25 +153,6 @@ class NativeSearch:
 
 
 NATIVE_SEARCH = NativeSearch()
-
-
-def mixed(logits: Logits, text: Tensor, tails: Tensor, log_odds: Tensor) -> Logits:
-    """See `mtad.copy_drafter.mixed`."""
-    values, columns = _readable(logits.values), logits.columns
-    mixture = torch.empty(values.shape, dtype=torch.float32)
-    tails = tails.contiguous()
-    library.load().mtad_mix(
-        ctypes.byref(
-            abi.Mixture(
-                *(values.data_ptr(), values.stride(0), *values.shape),
-                *(text.data_ptr(), tails.data_ptr(), text.shape[0], tails.shape[1]),
-                log_odds.data_ptr(),
-                None if columns is None else columns.places.data_ptr(),
-                mixture.data_ptr(),
-            )
-        )
-    )
-    return Logits(mixture, columns, search=logits.search)
 
 
 def _read(values: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
