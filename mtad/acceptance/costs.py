@@ -7,6 +7,7 @@ whose weights come back into the processor's caches step by step gets what that 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import statistics
 import threading
@@ -20,12 +21,14 @@ from torch import Tensor
 from mtad.acceptance.measures import ONE_TOKEN, Costs, Pass
 from mtad.config import DecodeConfig
 from mtad.decoders.common import Proposal, State
-from mtad.draft import Drafter
+from mtad.draft import BlockDrafter, Drafter
 from mtad.errors import Cancelled, PairError
 from mtad.lm import CachedLM
+from mtad.logits import Logits
 from mtad.pairs import ModelPair, as_drafter
 from mtad.recording import synchronize
 from mtad.runner import decoding, device_lock
+from mtad.sampling import uniforms
 
 CONTEXT_TOKENS = 200
 ROUNDS = 15
@@ -203,23 +206,38 @@ class _Bench:
         timer, state = self._timer, self._state
         waiting = state.draft_pending.shape[0]
 
-        def first_step() -> None:
+        def first_step() -> Logits:
             self._settle()
-            draft.next_logits(state.draft_pending)
+            return Logits.of(draft.next_logits(state.draft_pending))[-1:]
 
         token, beams = self._tokens(1), self._tokens(rows)
 
         def later_steps() -> None:
+            if at_once():
+                return
             above = torch.full_like(beams, waiting - 1)
             for step in range(_LATER_STEPS):
                 draft.next_logits(beams, above)
                 above = torch.arange(rows, device=self._device) + waiting + step * rows
 
         def later_steps_of_a_chain() -> None:
+            if at_once():
+                return
             for _ in range(_LATER_STEPS):
                 draft.next_logits(token)
 
-        timer("draft first", 1, first_step)
+        def at_once() -> bool:
+            """A draft that can do what stands between its steps is asked for all of them."""
+            if not isinstance(draft, BlockDrafter) or rows not in (1, self._beam_width):
+                return False
+            config = dataclasses.replace(state.config, beam_width=rows)
+            chance = functools.partial(uniforms, state.generator)
+            steps = _LATER_STEPS + 1  # one more draw than there are steps
+            if rows == 1:
+                return draft.draft_line(logits, config, chance(steps)) is not None
+            return draft.draft_beams(logits, config, steps, chance, state.eos) is not None
+
+        logits = timer("draft first", 1, first_step)
         steps = later_steps_of_a_chain if rows == 1 else later_steps
         timer("draft", rows, steps, _LATER_STEPS)
         block = self._block(_ACCEPTED)

@@ -72,15 +72,18 @@ def draft_block(state: State, length: int) -> tuple[Proposal, Warped | None]:
         return Proposal.nothing(state.target.device), None
     chance = uniforms(state.generator, length)
     first = state.draft_logits(state.draft_pending)[-1:]
-    tokens, logprobs, ids, rows = state.draft_line(first, chance) or _line(state, first, chance)
+    drawn = state.draft_line(first, chance) or _line(state, first, chance, length)
+    tokens, logprobs, ids, rows = drawn
     block = Proposal.block(tokens, logprobs, cached_depth=length - 1)
     return block, Warped(ids, rows, first.vocab_size)
 
 
-def _line(state: State, logits: Logits, chance: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _line(
+    state: State, logits: Logits, chance: Tensor, length: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `BlockDrafter.draft_line`; step by step."""
     drawn: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for position in range(chance.shape[0]):
+    for position in range(length):
         if position:
             logits = state.draft_logits(drawn[-1][0])
         one = chance[position : position + 1]

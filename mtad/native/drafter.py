@@ -96,7 +96,7 @@ class NativeDrafter:
         self, logits: Logits, config: DecodeConfig, uniform: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """See `BlockDrafter.draft_line`."""
-        if config.top_k > NARROW:
+        if not self._draws(config):
             return None
         steps, choices = uniform.shape[0], config.top_k
         block, _held = self._block(logits, config, steps, 1)
@@ -118,7 +118,7 @@ class NativeDrafter:
         ends: Tensor,
     ) -> list[Histories] | None:
         """See `BlockDrafter.draft_beams`."""
-        if config.top_k > NARROW:
+        if not self._draws(config):
             return None
         width, choices = config.beam_width, config.top_k
         block, _held = self._block(logits, config, steps, width)
@@ -306,6 +306,11 @@ class NativeDrafter:
             *(row.data_ptr(), self._scratch.data_ptr()),
         )
         return block, row
+
+    def _draws(self, config: DecodeConfig) -> bool:
+        """Whether the kernels draw from a row as a config says."""
+        in_force = config.temperature > 0.0 and 0 < config.top_k < self._books.columns
+        return in_force and config.top_k <= NARROW
 
     def _call(self, function: str, argument: ctypes.Structure) -> None:
         threads = context()
