@@ -179,7 +179,9 @@ class RecordedDrafter:
         self.target_layers = drafter.target_layers
         self.resume_from: tuple[Saved, int] | None = None
         self.begun = False
-        self._drafts_blocks = isinstance(drafter, BlockDrafter)
+        # Logits that were cut are not those that it would go on from.
+        whole = drafter.vocab_size == vocab_size
+        self._drafts_blocks = whole and isinstance(drafter, BlockDrafter)
         self._recorder = recorder
         self._check = check
 

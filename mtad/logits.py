@@ -205,7 +205,7 @@ class Columns:
     """What the columns of narrow logits stand for.
 
     Attributes:
-        token_ids: the tokens of the K columns, at least [K].
+        token_ids: the tokens of the K columns, at least [K], side by side.
         places: [V] the column of each token; `NO_COLUMN`, or any beyond the K, for none.
     """
 
@@ -221,7 +221,7 @@ class Columns:
             return None
         places = token_ids.new_full((vocab_size,), NO_COLUMN)
         places[token_ids] = order
-        return Columns(token_ids, places)
+        return Columns(token_ids.contiguous(), places)
 
     def with_tokens(self, token_ids: Tensor) -> Columns:
         """With columns behind the K for [n] tokens that had none."""

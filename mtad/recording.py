@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,7 +101,7 @@ class Scribe:
         self.stopped = False
         self.first_token_seconds: float | None = None
         self.watches = bool(stop)
-        self._noted: list[_Noted] = []
+        self._noted: deque[_Noted] = deque()
         self._tokenizer = tokenizer
         self._prompt_ids = prompt_ids
         self._stop = stop
@@ -119,15 +120,20 @@ class Scribe:
             self.first_token_seconds = self._timing.prefill_seconds + seconds
         self._noted.append(_Noted(decision, seconds, joules, self._recorder.take()))
 
-    def write(self) -> list[Step]:
-        """The steps of what was noted since; provisional ones are remembered, not recorded."""
-        noted, self._noted = self._noted, []
-        return [self._step(one) for one in noted]
+    def write(self) -> Iterator[Step]:
+        """The steps of what was noted since; provisional ones are remembered, not recorded.
+
+        A hypothesis that another one has replaced already is not spelled: nobody would see it.
+        """
+        while self._noted:
+            one = self._noted.popleft()
+            for name, spent in one.spans.items():
+                self._seconds[name] = self._seconds.get(name, 0.0) + spent
+            if not (one.decision.provisional and self._noted):
+                yield self._step(one)
 
     def _step(self, noted: _Noted) -> Step:
         decision = noted.decision
-        for name, spent in noted.spans.items():
-            self._seconds[name] = self._seconds.get(name, 0.0) + spent
         words = self._words
         if decision.provisional or self._provisional is not None:
             # A hypothesis is spelled from the start each time: its tokens may all be others.

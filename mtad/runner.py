@@ -351,13 +351,13 @@ class _Run:
                     scribe.note(decision)
                     due = self._due()
                     if due or scribe.watches:
-                        self._bunch += scribe.write()
+                        self._bunch.extend(scribe.write())
                     if due:
                         self._report()
                     if scribe.stopped:
                         return "stop"
             finally:
-                self._bunch += scribe.write()
+                self._bunch.extend(scribe.write())
         except DeadlineExceeded:
             scribe.settle()
             return "deadline"

@@ -328,6 +328,31 @@ def test_a_block_at_once_is_the_block_step_by_step(
 
 
 @needs_a_compiler
+def test_tokens_of_a_head_may_be_a_strided_tensor() -> None:
+    sizes = {"vocab_size": 48, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 64}
+    target, config = tiny(**sizes), mtad.DecodeConfig(max_new_tokens=20, top_k=3, seed=1)
+    draft = make_draft(hidden_size=64)
+    draft.token_ids = torch.arange(48)[::3]
+    pair = ModelPair(target, draft, engine="native-float32")
+    trace = mtad.run("speculative", pair, prompt_ids=[0, 3], config=config)
+    rare = {token for step in trace.steps for token in step.decision.tree.token_ids} - {0}
+    said = {0, 3, *trace.token_ids}
+    assert rare and all(token % 3 == 0 or token in said for token in rare)
+
+
+@needs_a_compiler
+def test_a_draft_of_a_larger_vocabulary_is_asked_step_by_step() -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 64}
+    large, draft = tiny(vocab_size=48, **sizes), make_draft(hidden_size=64)
+    own = NativeDrafter(NativeDraft(draft, Ends.of(large, draft.token_ids), 512), 48)
+    pair = ModelPair(tiny(vocab_size=32, **sizes), own)
+    for method in ("speculative", "mtad"):
+        trace = mtad.run(method, pair, prompt_ids=[1, 2], config=mtad.DecodeConfig(top_k=3))
+        nodes = [token for step in trace.steps for token in step.decision.tree.token_ids]
+        assert nodes and max(nodes) < 32
+
+
+@needs_a_compiler
 def test_more_choices_than_the_kernels_hold_are_drafted_step_by_step() -> None:
     target, draft = native_sizes()
     drafter = NativeDrafter(NativeDraft(draft, Ends.of(target, draft.token_ids), 512), VOCABULARY)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import mtad
-from mtad import runner
+from mtad import recording, runner
 from mtad.draft import LMDrafter
 from mtad.energy import ReplayMeter
 from mtad.errors import (
@@ -331,6 +331,49 @@ def test_of_bunches_the_first_holds_one_step(watched: Watched) -> None:
     assert workers() == []
     assert isinstance(following, Step)
     assert len(list(events)) == 39
+
+
+def test_of_hypotheses_that_nobody_sees_only_the_last_is_spelled(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is spelled from its first token on: all of them would take longer than the run."""
+    spelled: list[int] = []
+    write = recording.Scribe._step
+
+    def counted(self: recording.Scribe, noted: Any) -> Step:
+        spelled.append(len(noted.decision.emitted))
+        return write(self, noted)
+
+    monkeypatch.setattr(recording.Scribe, "_step", counted)
+    trace = mtad.run("beam", watched.pair, prompt_ids=PROMPT, config=config(max_new_tokens=40))
+    assert 1 <= len(spelled) <= 2  # the first one, which is handed over at once, and the last
+    assert trace.summary.draft_seconds + trace.summary.verify_seconds > 0
+    assert len(trace.token_ids) == 40
+
+
+def test_what_was_written_before_writing_failed_is_handed_over(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = recording.Scribe._step
+
+    def failing(self: recording.Scribe, noted: Any) -> Step:
+        if len(self.steps) == 3:
+            raise RuntimeError("no such piece")
+        return write(self, noted)
+
+    monkeypatch.setattr(recording.Scribe, "_step", failing)
+    events = runner.stream(
+        "autoregressive",
+        watched.pair,
+        prompt_ids=PROMPT,
+        config=config(max_new_tokens=40),
+        interval_seconds=math.inf,
+    )
+    seen = 0
+    with pytest.raises(RuntimeError, match="no such piece"):
+        for _ in events:
+            seen += 1
+    assert seen == 3
 
 
 def test_an_iterator_that_is_forgotten_stops_its_run(watched: Watched) -> None:

@@ -211,6 +211,7 @@ class _Bench:
             return Logits.of(draft.next_logits(state.draft_pending))[-1:]
 
         token, beams = self._tokens(1), self._tokens(rows)
+        config = dataclasses.replace(state.config, beam_width=rows)
 
         def later_steps() -> None:
             if at_once():
@@ -230,7 +231,6 @@ class _Bench:
             """A draft that can do what stands between its steps is asked for all of them."""
             if not isinstance(draft, BlockDrafter) or rows not in (1, self._beam_width):
                 return False
-            config = dataclasses.replace(state.config, beam_width=rows)
             chance = functools.partial(uniforms, state.generator)
             steps = _LATER_STEPS + 1  # one more draw than there are steps
             if rows == 1:

@@ -77,8 +77,8 @@ class TextHead:
         count, (rows, length) = ends.head.shape[0], tokens.shape
         more = torch.unique(tokens[columns[tokens] < 0])
         columns = columns.index_put((more,), torch.arange(count, count + len(more)).to(columns))
-        places = torch.arange(length, device=tokens.device).expand(rows, -1)
-        first = tokens.new_full((rows, count + len(more)), length)
+        places = torch.arange(length, dtype=torch.int32, device=tokens.device).expand(rows, -1)
+        first = places.new_full((rows, count + len(more)), length)
         first.scatter_reduce_(1, columns[tokens], places, "amin")
         return TextHead(ends.with_rows(more), columns, first[:, count:])
 

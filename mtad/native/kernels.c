@@ -1450,10 +1450,12 @@ void mtad_grow(Context *c, const Growth *g) {
             broken ? NAN : best < 0 ? -INFINITY : g->joint[row] + choices[at];
         if (best >= 0) g->races[best] = NAN;
         const size_t from = (size_t)row * (size_t)steps, to = (size_t)slot * (size_t)(steps + 1);
-        memcpy(g->new_token_ids + to, g->token_ids + from, (size_t)steps * sizeof(int64_t));
-        memcpy(g->new_logprobs + to, g->logprobs + from, (size_t)steps * sizeof(float));
-        memcpy(g->new_nodes + to, g->nodes + from, (size_t)steps * sizeof(int64_t));
-        memcpy(g->new_real + to, g->real + from, (size_t)steps);
+        if (steps) {
+            memcpy(g->new_token_ids + to, g->token_ids + from, (size_t)steps * sizeof(int64_t));
+            memcpy(g->new_logprobs + to, g->logprobs + from, (size_t)steps * sizeof(float));
+            memcpy(g->new_nodes + to, g->nodes + from, (size_t)steps * sizeof(int64_t));
+            memcpy(g->new_real + to, g->real + from, (size_t)steps);
+        }
         const int ended = g->finished[row], alive = joint > -INFINITY;
         const size_t last = to + (size_t)steps;
         g->new_token_ids[last] =
