@@ -4,8 +4,8 @@ An iteration of a block method is propose → one target pass → `State.judge`,
 decide, reads the outcome back in one packed copy and brings both caches to the accepted prefix. For
 `autoregressive`, `speculative`, `mtad`, `mtad_tree` and `typical` that copy is the only
 synchronisation of the iteration, unless the draft asks for more (one on hidden states, where the
-engine is eager, asks which tokens are new in the text); `bild` also asks after every draft token whether to go on, and
-`specinfer` tests its tree on the host.
+engine is eager, asks which tokens are new in the text); `bild` also asks after every draft token
+whether to go on, and `specinfer` tests its tree on the host.
 """
 
 from __future__ import annotations
