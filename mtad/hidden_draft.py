@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mtad.fields import FieldCheck, is_number, is_whole
-from mtad.logits import NO_COLUMN, Columns
+from mtad.logits import Columns
 
 NORM_EPS = 1e-5
 _MAX_WIDTH = 65_536
@@ -294,17 +294,22 @@ class Proposed:
     def __init__(self, token_ids: Tensor, vocab_size: int) -> None:
         self.columns = Columns.of(token_ids, vocab_size)
         self.more = token_ids[:0]
+        known = torch.zeros(vocab_size, dtype=torch.uint8)
+        known[token_ids.cpu()] = 1
+        self._known = bytearray(known.numpy())
 
     def read(self, token_ids: Tensor) -> bool:
         """Takes in [n] tokens of the text; True if some of them were not known."""
         if self.columns is None:
             return False
-        new = token_ids[self.columns.places[token_ids] == NO_COLUMN]
-        if not new.shape[0]:
+        new = sorted({token for token in token_ids.tolist() if not self._known[token]})
+        if not new:
             return False
-        new = torch.unique(new)
-        self.columns = self.columns.with_tokens(new)
-        self.more = torch.cat([self.more, new])
+        for token in new:
+            self._known[token] = 1
+        added = torch.tensor(new, dtype=torch.int64, device=self.more.device)
+        self.columns = self.columns.with_tokens(added)
+        self.more = torch.cat([self.more, added])
         return True
 
 

@@ -224,11 +224,14 @@ class Columns:
         return Columns(token_ids.contiguous(), places)
 
     def with_tokens(self, token_ids: Tensor) -> Columns:
-        """With columns behind the K for [n] tokens that had none."""
+        """With columns behind the K for [n] tokens that had none.
+
+        `places` is the same tensor: to these columns the new tokens lie beyond the K.
+        """
         start = self.token_ids.shape[0]
-        places = self.places.clone()
-        places[token_ids] = torch.arange(start, start + token_ids.shape[0], device=places.device)
-        return Columns(torch.cat([self.token_ids, token_ids]), places)
+        order = torch.arange(start, start + token_ids.shape[0], device=token_ids.device)
+        self.places[token_ids] = order
+        return Columns(torch.cat([self.token_ids, token_ids]), self.places)
 
 
 class Logits:

@@ -123,10 +123,7 @@ def corrected_or_bonus(target: Warped, draft: Warped, accepted: Tensor) -> Warpe
         draft: [γ, K'] q at every position of the block.
         accepted: [] how many were accepted.
     """
-    beyond = torch.full_like(draft.logprobs[:1], -torch.inf)
-    padded = Warped(
-        torch.cat([draft.token_ids, draft.token_ids[-1:]]),
-        torch.cat([draft.logprobs, beyond]),
-        draft.vocab_size,
-    )
-    return residual(target, padded.row(accepted))
+    length = draft.logprobs.shape[0]
+    rejected = draft.row(accepted.clamp_max(length - 1))
+    logprobs = torch.where(accepted < length, rejected.logprobs, -torch.inf)
+    return residual(target, draft.with_(rejected.token_ids, logprobs))
