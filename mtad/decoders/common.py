@@ -252,8 +252,9 @@ class State:
 
         Row 0 follows the pending token, row 1 + i follows node i.
         """
-        token_ids = torch.cat([self.pending, proposal.token_ids])
-        parents = None
+        token_ids, parents = self.pending, None
+        if proposal.levels:
+            token_ids = torch.cat([self.pending, proposal.token_ids])
         if not proposal.chain:
             parents = torch.cat([proposal.parents.new_full((1,), -1), proposal.parents + 1])
         layers = self.draft.target_layers if self.draft is not None else ()
