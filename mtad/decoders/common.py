@@ -16,7 +16,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -285,9 +285,10 @@ class State:
         config = self.rule_config
 
         def compute(logits: Logits, chance: Tensor, *tensors: Tensor) -> _Findings:
-            own: dict[str, Any] = dict(zip(_COLUMNS, tensors, strict=False))
-            offered = dataclasses.replace(proposal, **own, draft_nodes=None)
-            verdict = rule(config, offered, logits, chance, *tensors[len(_COLUMNS) :])
+            tokens, parents, draft_logprobs, real, *rest = tensors
+            shape = proposal.cached_depth, proposal.levels
+            offered = Proposal(tokens, parents, draft_logprobs, *shape, real, proposal.chain)
+            verdict = rule(config, offered, logits, chance, *rest)
             return _find(offered, logits, verdict)
 
         columns = (getattr(proposal, name) for name in _COLUMNS)
