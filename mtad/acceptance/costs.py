@@ -21,7 +21,7 @@ from torch import Tensor
 from mtad.acceptance.measures import ONE_TOKEN, Costs, Pass
 from mtad.config import DecodeConfig
 from mtad.decoders.common import Proposal, State
-from mtad.draft import BlockDrafter, Drafter
+from mtad.draft import Drafter
 from mtad.errors import Cancelled, PairError
 from mtad.lm import CachedLM
 from mtad.logits import Logits
@@ -213,33 +213,35 @@ class _Bench:
         token, beams = self._tokens(1), self._tokens(rows)
         config = dataclasses.replace(state.config, beam_width=rows)
 
-        def later_steps() -> None:
-            if at_once():
-                return
+        def beams_by_step() -> None:
             above = torch.full_like(beams, waiting - 1)
             for step in range(_LATER_STEPS):
                 draft.next_logits(beams, above)
                 above = torch.arange(rows, device=self._device) + waiting + step * rows
 
-        def later_steps_of_a_chain() -> None:
-            if at_once():
-                return
+        def chain_by_step() -> None:
             for _ in range(_LATER_STEPS):
                 draft.next_logits(token)
 
         def at_once() -> bool:
             """A draft that can do what stands between its steps is asked for all of them."""
-            if not isinstance(draft, BlockDrafter) or rows not in (1, self._beam_width):
+            whole = state.block_draft
+            if whole is None or rows not in (1, self._beam_width):
                 return False
             chance = functools.partial(uniforms, state.generator)
             steps = _LATER_STEPS + 1  # one more draw than there are steps
             if rows == 1:
-                return draft.draft_line(logits, config, chance(steps)) is not None
-            return draft.draft_beams(logits, config, steps, chance, state.eos) is not None
+                return whole.draft_line(logits, config, chance(steps)) is not None
+            return whole.draft_beams(logits, config, steps, chance, state.eos) is not None
+
+        by_step = chain_by_step if rows == 1 else beams_by_step
+
+        def later_steps() -> None:
+            if not at_once():
+                by_step()
 
         logits = timer("draft first", 1, first_step)
-        steps = later_steps_of_a_chain if rows == 1 else later_steps
-        timer("draft", rows, steps, _LATER_STEPS)
+        timer("draft", rows, later_steps, _LATER_STEPS)
         block = self._block(_ACCEPTED)
         state.verify(block)
         state.target.keep(1 + _ACCEPTED)

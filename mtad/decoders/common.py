@@ -125,6 +125,7 @@ class State:
     Attributes:
         target: its cache holds everything but the pending token.
         draft: its cache holds everything but the tokens in `draft_pending`; None without one.
+        block_draft: the same, if it can draft whole blocks.
         config: resolved.
         rule_config: the same without what no rule reads, such as the seed.
         generator: makes every random choice, on the target's device.
@@ -152,6 +153,7 @@ class State:
     draft_pending: Tensor
     remaining: int
     ended: bool = False
+    block_draft: BlockDrafter | None = None
     draft_length: int = 4
     pace: Pace | None = None
     draft_passes: int = 0
@@ -191,6 +193,7 @@ class State:
             pending=prompt[-1:],
             draft_pending=prompt[-1:],
             remaining=config.max_new_tokens,
+            block_draft=draft if isinstance(draft, BlockDrafter) else None,
             draft_length=length if isinstance(length, int) else 4,
             pace=pace,
         )
@@ -214,9 +217,9 @@ class State:
         self, logits: Logits, uniform: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """`BlockDrafter.draft_line`, counted; None where a block is drafted step by step."""
-        if not (isinstance(self.draft, BlockDrafter) and narrows(logits, self.rule_config)):
+        if self.block_draft is None or not narrows(logits, self.rule_config):
             return None
-        found = self.draft.draft_line(logits, self.rule_config, uniform)
+        found = self.block_draft.draft_line(logits, self.rule_config, uniform)
         if found is not None:
             self.draft_passes += uniform.shape[0] - 1
         return found
@@ -227,9 +230,9 @@ class State:
         At once where the draft can, see `BlockDrafter.draft_beams`; else step by step.
         """
         config, first = self.config, self.draft_logits(self.draft_pending)[-1:]
-        if isinstance(self.draft, BlockDrafter) and narrows(first, config):
+        if self.block_draft is not None and narrows(first, config):
             chance = functools.partial(uniforms, self.generator)
-            found = self.draft.draft_beams(first, config, steps, chance, self.eos)
+            found = self.block_draft.draft_beams(first, config, steps, chance, self.eos)
             if found is not None:
                 self.draft_passes += steps - 1
                 return found

@@ -122,7 +122,7 @@ class NativeDrafter:
             return None
         width, choices = config.beam_width, config.top_k
         block, _held = self._block(logits, config, steps, width)
-        candidates = max(width * choices, width)
+        candidates = width * choices
         uniform = chance(max(choices, width) + (steps - 1) * candidates)
         values, warped = _floats(2, candidates)
         best = torch.empty(candidates, dtype=torch.int64)
@@ -175,7 +175,7 @@ class NativeDrafter:
         self._given = _floats(0, self._width)  # of the prefix, then of each entry
         # The target's, from there: zeros before the first token of a text.
         self._states = _floats(0 if position else 1, self._width).zero_()
-        self._propose(token_ids)
+        self._propose(token_ids)  # all at once: columns stand as they would for a whole prompt
         self._append(token_ids[:position])
         self._begin(self._tokens)
 

@@ -977,6 +977,11 @@ static void tap(const Seat *s, const Forward *f, int layer, const float *from) {
     }
 }
 
+/* Columns of the logits: those of the head, and of more rows of it. */
+static size_t logits_width(const Model *model, const Matrix *more) {
+    return (size_t)(model->head.rows + (more ? more->rows : 0));
+}
+
 static void forward_work(const Seat *s, void *argument) {
     const Forward *f = argument;
     const Model *model = f->model;
@@ -1008,7 +1013,7 @@ static void forward_work(const Seat *s, void *argument) {
     in.values += groups * GROUP, in.codes += groups * GROUP;
     in.scales += groups, in.sums += groups, in.totals += groups;
     const Matrix *more = pass->more;
-    const size_t stride = (size_t)(model->head.rows + (more ? more->rows : 0));
+    const size_t stride = logits_width(model, more);
     const int asked = rows - pass->skipped;
     product_in(s, &model->head, &in, asked, pass->logits, stride, STORE, more);
     if (more) product_in(s, more, &in, asked, pass->logits + pass->from, stride, STORE, NULL);
@@ -1197,7 +1202,7 @@ int mtad_draft(Context *c, const Draft *draft, Cache *cache, const Books *books,
     pass.visible = visible;
     look(&d.forward);
     run(c, draft_work, &d);
-    const size_t stride = (size_t)(draft->model.head.rows + (books->more ? books->more->rows : 0));
+    const size_t stride = logits_width(&draft->model, books->more);
     for (int row = 0; row < step->rows; row++) {
         const size_t entry = (size_t)(step->old + row), above = (size_t)books->parents[entry] + 1;
         if ((int)entry + 1 >= step->known)
@@ -1535,7 +1540,7 @@ static int further(Context *c, const Draft *draft, Cache *cache, const Books *bo
                    const Block *block, const Step *step, Choices *from) {
     if (mtad_draft(c, draft, cache, books, step)) return 1;
     from->logits = block->scratch;
-    from->stride = draft->model.head.rows + (books->more ? books->more->rows : 0);
+    from->stride = (int64_t)logits_width(&draft->model, books->more);
     from->rows = step->fresh;
     return 0;
 }
