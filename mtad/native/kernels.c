@@ -307,7 +307,16 @@ INLINE floats pick(ints mask, floats yes, floats no) {
     return (floats)(((ints)yes & mask) | ((ints)no & ~mask));
 }
 
-INLINE floats larger(floats a, floats b) { return pick(a > b, a, b); }
+/* b where one of them is NaN. */
+INLINE floats larger(floats a, floats b) {
+#if VECTOR == 64
+    return (floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+    return (floats)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return pick(a > b, a, b);
+#endif
+}
 
 /* Every lane changes places with the one `by` (a power of two) away; compilers make an instruction
  * of it, unlike of single lanes. */
@@ -345,6 +354,38 @@ INLINE float lane_maximum(floats x) {
 #endif
     x = larger(x, TURN(x, 2));
     return x[0] > x[1] ? x[0] : x[1];
+}
+
+/* Keeps a value in a register: compilers for x86 would read it from memory at every use. */
+#if defined(__AVX2__)
+#define HOLD(x) __asm__("" : "+v"(x))
+#else
+#define HOLD(x) (void)(x)
+#endif
+
+/* Half as many vectors, and in each the lanes of two: those whose number has the bit `by` go on with
+ * the later one. `by` and `sum` are constants at every call. */
+INLINE void fold(floats *x, const int by, const int sum) {
+    ints later;
+    for (int i = 0; i < LANES; i++) later[i] = i & by ? -1 : 0;
+    for (int i = 0; i < by; i++) {
+        floats stay = pick(later, x[i + by], x[i]), come = pick(later, x[i], x[i + by]);
+        come = TURN(come, by);
+        x[i] = sum ? stay + come : larger(stay, come);
+    }
+}
+
+/* The vector whose lane i is the sum of all lanes of x[i], or the largest of them. */
+INLINE floats across(floats *x, const int sum) {
+#if VECTOR >= 64
+    fold(x, 8, sum);
+#endif
+#if VECTOR >= 32
+    fold(x, 4, sum);
+#endif
+    fold(x, 2, sum);
+    fold(x, 1, sum);
+    return x[0];
 }
 
 INLINE floats load_halves(const uint8_t *from) {
@@ -592,30 +633,49 @@ static void normalise(const float *from, const float *weight, float eps, int col
         store_floats(to + k, load_floats(from + k) * factor * load_floats(weight + k));
 }
 
-/* Rounds a row to codes of −127 … 127, group by group. */
+/* Rounds `count` groups of an input from group `at` on, at most LANES, to codes of −127 … 127. */
+INLINE void encode_groups(const Input *in, size_t at, int count) {
+    floats most[LANES], sum[LANES];
+    float inverses[LANES], scales[LANES], sums[LANES];
+    int32_t totals[LANES];
+    for (int g = 0; g < LANES; g++) {
+        const float *from = in->values + (at + (size_t)g) * GROUP;
+        most[g] = (floats){0};
+        for (int i = 0; g < count && i < GROUP; i += LANES)
+            most[g] = larger(most[g], absolute(load_floats(from + i)));
+    }
+    const floats largest = across(most, 0), scale = largest / 127.0f;
+    store_floats(inverses, pick(largest > 0.0f, 127.0f / largest, (floats){0}));
+    const floats magic = broadcast(12582912.0f); /* see `exponential` */
+    for (int g = 0; g < LANES; g++) {
+        const size_t start = (at + (size_t)g) * GROUP;
+        ints total = {0};
+        for (int i = 0; g < count && i < GROUP; i += LANES) {
+            const floats scaled = load_floats(in->values + start + i) * inverses[g];
+            ints code = __builtin_convertvector((scaled + magic) - magic, ints);
+            bytes small = __builtin_convertvector(code, bytes);
+            memcpy(in->codes + start + i, &small, LANES);
+            total += code;
+        }
+        sum[g] = __builtin_convertvector(total, floats);
+    }
+    const floats total = across(sum, 1); /* whole numbers, exact in any order */
+    const ints whole = __builtin_convertvector(total, ints);
+    store_floats(scales, scale);
+    store_floats(sums, scale * total);
+    memcpy(totals, &whole, sizeof totals);
+    memcpy(in->scales + at, scales, (size_t)count * sizeof *scales);
+    memcpy(in->sums + at, sums, (size_t)count * sizeof *sums);
+    memcpy(in->totals + at, totals, (size_t)count * sizeof *totals);
+}
+
+/* Rounds a row to codes, group by group. */
 static void encode(const Input *in, int row) {
     const int groups = in->columns / GROUP;
-    for (int g = 0; g < groups; g++) {
-        size_t at = (size_t)row * groups + g;
-        const float *from = in->values + at * GROUP;
-        floats most = {0};
-        for (int i = 0; i < GROUP; i += LANES) most = larger(most, absolute(load_floats(from + i)));
-        float largest = lane_maximum(most);
-        float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-        floats magic = broadcast(12582912.0f); /* see `exponential` */
-        ints sum = {0};
-        for (int i = 0; i < GROUP; i += LANES) {
-            ints code = __builtin_convertvector((load_floats(from + i) * inverse + magic) - magic, ints);
-            bytes small = __builtin_convertvector(code, bytes);
-            memcpy(in->codes + at * GROUP + i, &small, LANES);
-            sum += code;
-        }
-        float scale = largest / 127.0f;
-        float total = lane_sum(__builtin_convertvector(sum, floats));
-        in->scales[at] = scale;
-        in->totals[at] = (int32_t)total;
-        in->sums[at] = scale * total;
-    }
+    const size_t start = (size_t)row * groups;
+    int g = 0;
+    for (; g + LANES <= groups; g += LANES) encode_groups(in, start + (size_t)g, LANES);
+    if (g < groups) encode_groups(in, start + (size_t)g, groups - g);
 }
 
 /* Makes row `row` of `in` from as many floats: normalised if there is a norm, encoded if `m` has
@@ -750,6 +810,31 @@ static void look(Forward *f) {
     }
 }
 
+/* The sums of `slots` values with the weights of `count` queries, `vectors` of each value from `part`
+ * on, and the sums of the weights; `count` and `vectors` are constants at every call. In the order of
+ * the slots, so that those that are not seen, whose weight is 0, change nothing. */
+INLINE void weigh(const float *value, const float *weight, int stride, int slots, int size, int part,
+                  float **out, float *mass, const int count, const int vectors) {
+    floats sum[QUERIES][WIDE] = {{{0}}};
+    float total[QUERIES] = {0};
+    for (int slot = 0; slot < slots; slot++, value += size) {
+        floats from[WIDE];
+        for (int v = 0; v < vectors; v++) {
+            from[v] = load_floats(value + v * LANES);
+            HOLD(from[v]);
+        }
+        for (int q = 0; q < count; q++) {
+            const float share = weight[q * stride + slot];
+            total[q] += share;
+            for (int v = 0; v < vectors; v++) sum[q][v] += share * from[v];
+        }
+    }
+    for (int q = 0; q < count; q++) {
+        mass[q] = total[q];
+        for (int v = 0; v < vectors; v++) store_floats(out[q] + part + v * LANES, sum[q][v]);
+    }
+}
+
 /* `count` queries (a constant at every call) of one key-value head over what they see of the slots
  * from `first`, a multiple of BLOCK, to `last` as their chunk `chunk`. */
 INLINE void attend(const Forward *f, int chunk, const float *keys, const float *values, float *score,
@@ -791,29 +876,13 @@ INLINE void attend(const Forward *f, int chunk, const float *keys, const float *
             float *at = score + q * stride + i;
             store_floats(at, exponential(load_floats(at) - most));
         }
-        mass[q] = 0.0f;
     }
-    /* In the order of the slots, so that those that are not seen, whose weight is 0, change nothing. */
-    for (int part = 0; part < size; part += WIDE * LANES) {
-        int vectors = (size - part) / LANES < WIDE ? (size - part) / LANES : WIDE;
-        floats sum[QUERIES][WIDE] = {{{0}}};
-        for (int slot = first; slot < last; slot++) {
-            const float *value = values + (size_t)slot * size + part;
-            for (int q = 0; q < count; q++) {
-                const float weight = score[q * stride + (slot - first)];
-                if (part == 0) mass[q] += weight;
-                if (vectors == WIDE) {
-                    for (int v = 0; v < WIDE; v++)
-                        sum[q][v] += weight * load_floats(value + v * LANES);
-                } else {
-                    for (int v = 0; v < vectors; v++)
-                        sum[q][v] += weight * load_floats(value + v * LANES);
-                }
-            }
-        }
-        for (int q = 0; q < count; q++)
-            for (int v = 0; v < vectors; v++) store_floats(out[q] + part + v * LANES, sum[q][v]);
-    }
+    const float *value = values + (size_t)first * size;
+    int part = 0;
+    for (; part + WIDE * LANES <= size; part += WIDE * LANES)
+        weigh(value + part, score, stride, last - first, size, part, out, mass, count, WIDE);
+    for (; part < size; part += LANES)
+        weigh(value + part, score, stride, last - first, size, part, out, mass, count, 1);
 }
 
 /* Adds a later part of a softmax to an earlier one. Compiled once, so that it always rounds alike. */
