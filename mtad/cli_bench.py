@@ -37,7 +37,7 @@ from mtad.cli_io import (
     stop_on_interrupt,
     write_atomically,
 )
-from mtad.cli_options import with_config
+from mtad.cli_options import shown, with_config
 from mtad.cli_progress import loading
 from mtad.cli_sweep import (
     HELD_OUT,
@@ -343,7 +343,7 @@ def _setup(outcome: Outcome) -> list[str]:
         f"At most {config.max_new_tokens} tokens, temperature {config.temperature:g},"
         f" top-k {config.top_k}, top-p {config.top_p:g}, γ {config.num_draft_tokens or 4},"
         f" W {config.beam_width}, τ {config.accept_threshold:g}, k-config"
-        f" {','.join(map(str, config.k_config))}, seed {config.seed}.",
+        f" {shown(config.k_config)}, seed {config.seed}.",
         f"{versions}.",
         *outcome.notes,
     ]

@@ -31,7 +31,10 @@ _HELP: dict[str, tuple[Any, str]] = {
     "top_k": (int, "Keep the k most probable tokens; 0 keeps all."),
     "top_p": (float, "Keep the smallest set with this mass; 1 keeps all. Above 0 to 1."),
     "seed": (int, "Of every random choice. 0 to 2^32 − 1."),
-    "k_config": (str, "specinfer: children by depth, such as 4,2,2. 1 to 8 numbers from 1 to 16."),
+    "k_config": (
+        str,
+        'specinfer: children by depth, such as 4,2,2; 1 to 8 numbers from 1 to 16, or "auto".',
+    ),
     "replacement": (bool, "specinfer: draw children with replacement."),
     "fallback_threshold": (float, "bild: the draft stops where it is less sure. 0 to 1."),
     "rollback_threshold": (float, "bild: replace a draft token where −log p exceeds this. 0 up."),
@@ -91,7 +94,7 @@ def config_from(given: dict[str, Any]) -> DecodeConfig:
     length = values.get("num_draft_tokens")
     if length is not None and length != "auto":
         values["num_draft_tokens"] = _whole(length)
-    if "k_config" in values:
+    if values.get("k_config", "auto") != "auto":
         values["k_config"] = tuple(_whole(part) for part in values["k_config"].split(","))
     if "iteration_costs" in values:
         values["iteration_costs"] = tuple(map(_number, values["iteration_costs"].split(",")))
@@ -122,7 +125,7 @@ def _option(name: str) -> inspect.Parameter:
     names = (f"{flag}/--no-{name.replace('_', '-')}",) if kind is bool else (flag,)
     default = _FIELDS[name].default
     if default is not None and name != "stop":
-        text += f" Default: {_shown(default)}."
+        text += f" Default: {shown(default)}."
     option = typer.Option(*names, help=text, show_default=False, rich_help_panel=_PANEL)
     return inspect.Parameter(
         name,
@@ -132,7 +135,8 @@ def _option(name: str) -> inspect.Parameter:
     )
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value as it is typed."""
     if isinstance(value, tuple):
         return ",".join(str(item) for item in value)
     if isinstance(value, bool):

@@ -7,6 +7,7 @@ config can be handed to several methods of a comparison.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import operator
 from dataclasses import dataclass
@@ -35,7 +36,9 @@ class DecodeConfig:
             which has no draft, stays at 4.
         iteration_costs: cost of an iteration with 0, 1, 2, … draft tokens, relative to the first;
             read with num_draft_tokens="auto" only. None has the runner measure it once a pair
-            and write it into the trace: with it the same seed gives the same decisions again.
+            and write it into the trace: with it the same seed gives the same decisions again. For
+            `specinfer`, with k_config="auto", the costs are those without a draft and with each of
+            `mtad.pace.AUTO_TREES`.
         beam_width: W, beams of the draft (`mtad`, `mtad_tree`) or of the target (`beam`, `mtjd`).
         accept_threshold: τ; a prefix passes while joint p / joint q > τ. Finite and > 0. The
             authors take 0.5; at 0.3 the embedded pair accepts more and gains as much (docs/log.md).
@@ -43,7 +46,8 @@ class DecodeConfig:
         top_k: keeps the k most probable tokens; 0 keeps all.
         top_p: keeps the smallest set whose mass reaches top_p; 1.0 keeps all.
         seed: of the one generator that makes every random choice of the run.
-        k_config: `specinfer`: children of a node, by depth of the tree.
+        k_config: `specinfer`: children of a node, by depth of the tree. "auto" chooses among
+            `mtad.pace.AUTO_TREES` as num_draft_tokens="auto" chooses γ.
         replacement: `specinfer`: children are drawn with replacement.
         fallback_threshold: `bild`: the draft stops where its largest probability is under this.
         rollback_threshold: `bild`: a draft token is replaced where −log p exceeds this (nats).
@@ -68,7 +72,7 @@ class DecodeConfig:
     top_k: int = 10
     top_p: float = 0.9
     seed: int = 0
-    k_config: tuple[int, ...] = (4, 2, 2)
+    k_config: tuple[int, ...] | Literal["auto"] = (4, 2, 2)
     replacement: bool = True
     fallback_threshold: float = 0.6
     rollback_threshold: float = 5.0
@@ -149,15 +153,17 @@ class DecodeConfig:
 
     def _k_config(self) -> None:
         value: Any = self.k_config
-        allowed = "1 to 8 whole numbers from 1 to 16, such as (4, 2, 2), with at most 1024 nodes"
+        if isinstance(value, str) and value == "auto":
+            return
+        allowed = (
+            "1 to 8 whole numbers from 1 to 16, such as (4, 2, 2), with at most 1024 nodes,"
+            ' or "auto"'
+        )
         if not isinstance(value, (tuple, list)) or not 1 <= len(value) <= 8:
             refuse("k_config", value, allowed)
         if not all(is_whole(k) and 1 <= k <= 16 for k in value):
             refuse("k_config", value, allowed)
-        width, nodes = 1, 0
-        for k in value:
-            width *= k
-            nodes += width
+        nodes = sum(itertools.accumulate(value, operator.mul))
         if nodes > 1024:
             refuse("k_config", value, allowed)
         object.__setattr__(self, "k_config", tuple(value))

@@ -1,7 +1,7 @@
-"""What an iteration of a method costs on this machine, by the length of its draft.
+"""What an iteration of a method costs on this machine, by the length of its draft or by its tree.
 
 Whole iterations of the very decoder are timed, so everything that a longer draft takes is in them:
-draft steps, the wider verification, the search, and what Python does between. The lengths take
+draft steps, the wider verification, the search, and what Python does between. The drafts take
 turns, and the fastest of all iterations counts: what else a machine does only adds to them.
 """
 
@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
+from mtad.catalogue import method_info
 from mtad.config import DecodeConfig
 from mtad.decoders import load_decoder
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
-from mtad.pace import MAX_AUTO_DRAFT_TOKENS
+from mtad.pace import AUTO_TREES, MAX_AUTO_DRAFT_TOKENS
 from mtad.trace import Decision
 
 CONTEXT_TOKENS = 100
 SWEEPS = 2
 ROUNDS = 4
+# More than anything is worth.
+NEVER = 1e6
 LENGTHS = (1, 2, 4, 8, MAX_AUTO_DRAFT_TOKENS)
+
+K = TypeVar("K", bound=Hashable)
 
 
 def measure_iterations(
@@ -34,66 +40,86 @@ def measure_iterations(
 ) -> tuple[float, ...]:
     """Seconds of an iteration with γ = 0, 1, … draft tokens, relative to one without a draft.
 
+    Of a method that reads `k_config` they are those without a draft and with each of `AUTO_TREES`.
     The caller holds the device. Lengths between the measured ones are interpolated, and a longer
     draft never counts as cheaper than a shorter one.
 
     Args:
-        method: with a draft, whose length is `num_draft_tokens`.
+        method: with a draft, whose length is `num_draft_tokens` or whose tree `k_config` says.
         make: both models with empty caches; their passes stop the measurement by raising.
-        config: of the run; its γ, seed and limits are not read.
+        config: of the run; its draft, seed and limits are not read.
         context_length: of the pair.
 
     Returns:
-        1.0 for γ = 0, then up to `MAX_AUTO_DRAFT_TOKENS`, or fewer where the context is too short.
+        1.0 for no draft, then up to γ = `MAX_AUTO_DRAFT_TOKENS`, or fewer where the context is too
+        short; or those of the trees, `NEVER` where it is too short for one.
     """
-    lengths = [n for n in LENGTHS if (ROUNDS + 2) * (n + 1) < context_length // 2] or [1]
+    fits = [n for n in LENGTHS if (ROUNDS + 2) * (n + 1) < context_length // 2] or [1]
     context = max(2, min(CONTEXT_TOKENS, context_length // 2))
-    times: dict[int, list[float]] = {length: [] for length in (0, *lengths)}
+    if "k_config" in method_info(method).parameters:
+        trees = [tree for tree in AUTO_TREES if len(tree) <= max(fits)]
+        drafts = {tree: {"k_config": tree} for tree in trees}
+        times = _measure(method, make, config, context, drafts)
+        return (1.0, *(times.get(tree, NEVER) for tree in AUTO_TREES))
+    lengths = {length: {"num_draft_tokens": length} for length in fits}
+    return _by_length({0: 1.0} | _measure(method, make, config, context, lengths))
+
+
+def _measure(
+    method: str,
+    make: Callable[[], tuple[CachedLM, Drafter]],
+    config: DecodeConfig,
+    context: int,
+    drafts: Mapping[K, Mapping[str, Any]],
+) -> dict[K, float]:
+    """Seconds of an iteration with each of the drafts, relative to one without."""
+    plain: list[float] = []
+    times: dict[K, list[float]] = {draft: [] for draft in drafts}
     for _ in range(SWEEPS):
-        for length, seconds_of in times.items():
+        for draft, seconds_of in ((None, plain), *times.items()):
+            fields = {} if draft is None else drafts[draft]
+            runs = "autoregressive" if draft is None else method
             # One after the other: a drafter of the user's own is one object, and holds one text.
-            run = _iterations(method, *make(), config, context, length)
+            run = _iterations(runs, make, config, context, fields)
             next(run)  # holds the prefill
             for _ in range(ROUNDS):
                 start = time.perf_counter()
                 next(run)
                 seconds_of.append(time.perf_counter() - start)
             run.close()
-    seconds = {length: min(values) for length, values in times.items()}
-    return _by_length(seconds)
+    return {draft: round(min(values) / min(plain), 4) for draft, values in times.items()}
 
 
 def _iterations(
     method: str,
-    target: CachedLM,
-    draft: Drafter,
+    make: Callable[[], tuple[CachedLM, Drafter]],
     config: DecodeConfig,
     context: int,
-    length: int,
+    fields: Mapping[str, Any],
 ) -> Generator[Decision, None, None]:
-    """Iterations with γ = `length` on any text: what they cost depends little on it."""
+    """Iterations with a draft on any text: what they cost depends little on it."""
+    target, draft = make()
     prompt = [1 + k * 7919 % (target.vocab_size - 1) for k in range(context)]
-    plain = length == 0
     fixed = dataclasses.replace(
         config,
-        max_new_tokens=(ROUNDS + 2) * (length + 1),
-        num_draft_tokens=length or None,
+        max_new_tokens=(ROUNDS + 2) * (MAX_AUTO_DRAFT_TOKENS + 1),
         iteration_costs=None,
         ignore_eos=True,
         stop=(),
+        **fields,
     )
     generator = torch.Generator(target.device).manual_seed(0)
-    decode = load_decoder("autoregressive" if plain else method)
-    yield from decode(target, None if plain else draft, prompt, fixed, generator)
+    uses_draft = method_info(method).uses_draft
+    yield from load_decoder(method)(target, draft if uses_draft else None, prompt, fixed, generator)
 
 
-def _by_length(seconds: dict[int, float]) -> tuple[float, ...]:
+def _by_length(costs: Mapping[int, float]) -> tuple[float, ...]:
     """Relative costs of all lengths from 0 to the longest."""
-    lengths: Sequence[int] = sorted(seconds)
-    costs = [1.0]
+    lengths: Sequence[int] = sorted(costs)
+    found = [costs[0]]
     for low, high in zip(lengths, lengths[1:], strict=False):
-        first, last = (seconds[length] / seconds[0] for length in (low, high))
+        first, last = costs[low], costs[high]
         for length in range(low + 1, high + 1):
             between = first + (last - first) * (length - low) / (high - low)
-            costs.append(max(costs[-1], between))
-    return tuple(round(cost, 4) for cost in costs)
+            found.append(max(found[-1], between))
+    return tuple(round(cost, 4) for cost in found)

@@ -1,16 +1,34 @@
-"""Pace: how long the next draft should be, from what iterations cost and what was accepted.
+"""Pace: how much to draft next, from what iterations cost and what was accepted.
 
 With γ draft tokens an iteration emits 1 + S(1) + … + S(γ) tokens on average, S(d) being the
 probability that at least d of them are accepted, and costs c(γ). The best γ has the most tokens for
 its cost (Leviathan et al. 2023, section 3.5, with a measured cost in place of a constant one and
-observed acceptance in place of one rate for all depths). Pure: no clock, no model, no torch.
+observed acceptance in place of one rate for all depths). Of a tree it is the same with S(d) the
+probability that some path of d nodes passes. Pure: no clock, no model, no torch.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+import operator
 from collections.abc import Sequence
 
+from mtad.fields import refuse
+
 MAX_AUTO_DRAFT_TOKENS = 16
+# The shapes that `k_config="auto"` chooses from: lines, and trees that branch early, since what
+# stands further down is seldom reached.
+AUTO_TREES: tuple[tuple[int, ...], ...] = (
+    (1,),
+    (1, 1),
+    (1, 1, 1, 1),
+    (2, 1),
+    (2, 1, 1, 1),
+    (2, 2, 1),
+    (4, 2, 2),
+    (4, 2, 2, 1, 1),
+)
 # Before anything is known: a draft whose tokens pass four times in five, for one tenth of a pass.
 _FIRST_RATE = 0.8
 _FIRST_COSTS = tuple(1.0 + 0.1 * length for length in range(MAX_AUTO_DRAFT_TOKENS + 1))
@@ -63,3 +81,80 @@ class Pace:
             if expected / cost > best_rate:
                 best, best_rate = depth + 1, expected / cost
         return best
+
+
+class TreePace:
+    """Chooses the tree of `specinfer` for `k_config="auto"`.
+
+    Attributes:
+        tree: children of a node, by depth, of the next iteration: one of `AUTO_TREES`.
+    """
+
+    def __init__(self, costs: Sequence[float] | None = None) -> None:
+        """Begins without observations.
+
+        Args:
+            costs: of an iteration without a draft, then with each of `AUTO_TREES`, in any unit; a
+                guess by the tokens that are read if None.
+
+        Raises:
+            ConfigError: there are more or fewer of them.
+        """
+        if costs is None:
+            costs = (1.0, *(1.0 + 0.05 * (nodes(tree) + len(tree)) for tree in AUTO_TREES))
+        if len(costs) != 1 + len(AUTO_TREES):
+            allowed = f'{1 + len(AUTO_TREES)} numbers with k_config "auto": without a draft, then'
+            refuse("iteration_costs", tuple(costs), f"{allowed} with each of {AUTO_TREES}")
+        self._costs = tuple(costs[1:])
+        depths, siblings = max(map(len, AUTO_TREES)), max(map(max, AUTO_TREES))
+        # By depth, then by how many siblings were rejected before: tested, and accepted.
+        self._tried = [[0.0] * siblings for _ in range(depths)]
+        self._passed = [[0.0] * siblings for _ in range(depths)]
+        self.tree = self._best()
+
+    def observe(self, tests: Sequence[tuple[int, bool]]) -> None:
+        """Takes in an iteration: of each depth how many were tested, and if the last one passed."""
+        fade = 0.5 ** (1.0 / _HALF_LIFE)
+        for row in (*self._tried, *self._passed):
+            row[:] = [count * fade for count in row]
+        for depth, (tested, accepted) in enumerate(tests):
+            for sibling in range(tested):
+                self._tried[depth][sibling] += 1.0
+            if accepted:
+                self._passed[depth][tested - 1] += 1.0
+        self.tree = self._best()
+
+    def _best(self) -> tuple[int, ...]:
+        rates = self._rates()
+        best, best_rate = AUTO_TREES[0], 0.0
+        for tree, cost in zip(AUTO_TREES, self._costs, strict=True):
+            survives, expected = 1.0, 1.0
+            for depth, children in enumerate(tree):
+                survives *= 1.0 - math.prod(1.0 - rate for rate in rates[depth][:children])
+                expected += survives
+            if expected / cost > best_rate:
+                best, best_rate = tree, expected / cost
+        return best
+
+    def _rates(self) -> list[list[float]]:
+        """By depth and sibling: how often one that is tested passes."""
+        depths = range(len(self._tried))
+        means, guess = [], _FIRST_RATE
+        for sibling in range(len(self._tried[0])):
+            tried = sum(self._tried[depth][sibling] for depth in depths)
+            passed = sum(self._passed[depth][sibling] for depth in depths)
+            means.append((passed + _PRIOR * guess) / (tried + _PRIOR))
+            guess = means[-1] / 2.0  # what the draft finds less likely passes more seldom
+        return [
+            [
+                (self._passed[depth][sibling] + _PRIOR * mean)
+                / (self._tried[depth][sibling] + _PRIOR)
+                for sibling, mean in enumerate(means)
+            ]
+            for depth in depths
+        ]
+
+
+def nodes(tree: Sequence[int]) -> int:
+    """How many nodes a tree has below its root."""
+    return sum(itertools.accumulate(tree, operator.mul))

@@ -385,7 +385,8 @@ class _Run:
     def _measure_costs(self) -> None:
         """Fills in `iteration_costs` where the config asks for "auto" and leaves them open."""
         info, pair, config = self.info, self.pair, self.config
-        asked = config.num_draft_tokens == "auto" and config.iteration_costs is None
+        drafts = config.k_config if "k_config" in info.parameters else config.num_draft_tokens
+        asked = drafts == "auto" and config.iteration_costs is None
         if not asked or "iteration_costs" not in info.parameters:
             return
         known = _costs.setdefault(pair, {})

@@ -33,7 +33,7 @@ from mtad.bench.measures import (
     draft_rows,
     passes_of,
     rows,
-    specinfer_passes,
+    tree_passes,
     without,
 )
 from mtad.bench.records import Run, RunFile, matching, plain
@@ -434,12 +434,13 @@ def test_a_length_that_adapts_is_predicted_by_its_mean_verification() -> None:
 
 def test_the_passes_of_a_prediction() -> None:
     config = DecodeConfig(k_config=(4, 2, 2))
-    assert specinfer_passes(config) == (("tree", 29), [("draft", 4), ("draft", 8)])
+    assert tree_passes((4, 2, 2), 4) == (("tree", 29), [("draft", 4), ("draft", 8)])
     found = passes_of([PLAIN, Setting("specinfer")], config)
     assert found == {("target", 1), ("tree", 29), ("draft", 4), ("draft", 8)}
     odd = DecodeConfig(k_config=(3,), beam_width=4)
-    assert specinfer_passes(odd) is None
-    assert passes_of([Setting("specinfer")], odd) == {("target", 1)}
+    assert passes_of([Setting("specinfer")], odd) == {("target", 1), ("target", 4)}
+    every = passes_of([Setting("specinfer")], DecodeConfig(k_config="auto"))
+    assert {("target", 2), ("tree", 5), ("tree", 29), ("draft", 1), ("draft", 8)} < every
     assert passes_of([MTAD], config) == {("target", 1), ("target", 5), ("draft", 4)}
 
 

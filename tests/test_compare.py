@@ -53,11 +53,12 @@ class TestForm:
 
     def test_the_form_opens_with_the_defaults_of_the_library_and_adapts_the_draft(self) -> None:
         request = request_of("hello", ALL[:4], DEFAULTS)
-        assert request.config == DecodeConfig(max_new_tokens=96, num_draft_tokens="auto")
+        adapts = {"num_draft_tokens": "auto", "k_config": "auto"}
+        assert request.config == DecodeConfig(max_new_tokens=96, **adapts)
         for method in ALL:
             other = ALL[0] if method != ALL[0] else ALL[1]
             length = "auto" if "num_draft_tokens" in fields_read([method, other]) else None
-            expected = DecodeConfig(max_new_tokens=96, num_draft_tokens=length)
+            expected = DecodeConfig(max_new_tokens=96, num_draft_tokens=length, k_config="auto")
             assert request_of("hello", [method, other], DEFAULTS).config == expected
 
     def test_each_field_says_in_one_line_what_it_does(self) -> None:
@@ -100,7 +101,7 @@ class TestForm:
 
     def test_a_field_that_no_chosen_method_reads_is_left_out(self) -> None:
         request = request_of("hello", ["mtad", "speculative"], {"k_config": "nonsense"})
-        assert request.config == DecodeConfig()
+        assert request.config == DecodeConfig(k_config="auto")
 
     def test_lists_are_texts_in_the_form(self) -> None:
         values = {"k_config": " 3,2 , 1", "stop": "END\n\n###"}

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 
 import mtad
 from mtad.config import MAX_SEED
-from mtad.pace import Pace
+from mtad.errors import ConfigError
+from mtad.pace import AUTO_TREES, Pace, TreePace, nodes
 from mtad.trace import Decision, Trace
 from mtad.whatif import accepted_length_at, accepted_path
 from tests.models import tiny
@@ -353,6 +354,49 @@ def test_an_automatic_draft_length_follows_what_is_accepted(method: str) -> None
         lengths[kind] = [decision.tree.depth for decision in trace.decisions()]
     assert max(lengths["twins"]) == 12
     assert min(lengths["strangers"][:-1]) < lengths["strangers"][0] < 12
+
+
+def tests_by_depth(decision: Decision) -> list[tuple[int, bool]]:
+    """Of each depth that `specinfer` came to: how many nodes it tested, and if the last passed."""
+    tree, found = decision.tree, []
+    for depth, parent in enumerate((-1, *decision.path)):
+        siblings = [node for node, above in enumerate(tree.parents) if above == parent]
+        tested = sum(tree.scores[node] is not None for node in siblings)
+        if tested:
+            found.append((tested, depth < len(decision.path)))
+    return found
+
+
+def test_an_automatic_tree_follows_what_is_accepted() -> None:
+    """Each tree has the shape that `TreePace` chooses after the iterations before it."""
+    costs = (1.0, *(1 + 0.03 * nodes(tree) + 0.05 * len(tree) for tree in AUTO_TREES))
+    config = mtad.DecodeConfig(max_new_tokens=120, k_config="auto", iteration_costs=costs)
+    shapes = {}
+    for kind in ("twins", "strangers"):
+        trace = mtad.run("specinfer", pair_of(kind), prompt_ids=PROMPT, config=config)
+        pace, left = TreePace(costs), 120
+        for decision in trace.decisions():
+            shape = pace.tree[: left - 1]
+            assert len(decision.tree.token_ids) == nodes(shape)
+            assert decision.tree.depth == len(shape)
+            left -= len(decision.emitted)
+            pace.observe(tests_by_depth(decision))
+        shapes[kind] = [len(decision.tree.token_ids) for decision in trace.decisions()]
+    assert trace.config.iteration_costs == costs
+    assert shapes["twins"][-2] > shapes["strangers"][-2]
+
+
+def test_what_trees_cost_is_measured_once_and_told() -> None:
+    pair = pair_of("twins")
+    config = mtad.DecodeConfig(max_new_tokens=40, k_config="auto")
+    first, second = (mtad.run("specinfer", pair, prompt_ids=PROMPT, config=config) for _ in "12")
+    costs = first.config.iteration_costs
+    assert costs is not None and costs[0] == 1.0 and len(costs) == 1 + len(AUTO_TREES)
+    assert second.config == first.config and second.decisions() == first.decisions()
+    assert mtad.Trace.from_json(first.to_json()).config == first.config
+    with pytest.raises(ConfigError, match="iteration_costs"):
+        wrong = dataclasses.replace(config, iteration_costs=(1, 2))
+        mtad.run("specinfer", pair, prompt_ids=PROMPT, config=wrong)
 
 
 def test_what_iterations_cost_is_measured_once_and_told() -> None:

@@ -6,8 +6,9 @@ import random
 
 import pytest
 
+from mtad.errors import ConfigError
 from mtad.iteration_costs import _by_length
-from mtad.pace import MAX_AUTO_DRAFT_TOKENS, Pace
+from mtad.pace import AUTO_TREES, MAX_AUTO_DRAFT_TOKENS, Pace, TreePace, nodes
 
 
 def best_length(rate: float, costs: list[float]) -> int:
@@ -65,5 +66,50 @@ def test_it_comes_back_when_the_text_grows_easy() -> None:
 
 
 def test_lengths_between_the_measured_ones_are_interpolated() -> None:
-    costs = _by_length({0: 2.0, 1: 3.0, 2: 2.8, 4: 4.0})
+    costs = _by_length({0: 1.0, 1: 1.5, 2: 1.4, 4: 2.0})
     assert costs == (1.0, 1.5, 1.5, 1.7, 2.0)
+
+
+def expected_tokens(tree: tuple[int, ...], rates: list[float]) -> float:
+    """Of an iteration where the k-th sibling that is tested passes with the k-th rate."""
+    survives = tokens = 1.0
+    for children in tree:
+        missed = 1.0
+        for rate in rates[:children]:
+            missed *= 1.0 - rate
+        survives *= 1.0 - missed
+        tokens += survives
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "rates", [[0.1, 0.1, 0.0, 0.0], [0.5, 0.1, 0.0, 0.0], [0.5, 0.4, 0.3, 0.3]]
+)
+@pytest.mark.parametrize("row", [0.01, 0.1, 0.4])
+def test_it_settles_near_the_best_tree(rates: list[float], row: float) -> None:
+    """Its last 200 choices lose at most 4 % together against the best constant tree. Seeded."""
+    costs = [1.0 + row * nodes(tree) + 0.1 * len(tree) for tree in AUTO_TREES]
+    pace, rng = TreePace([1.0, *costs]), random.Random(1)
+    tokens = cost = 0.0
+    for turn in range(400):
+        tree = pace.tree
+        if turn >= 200:
+            tokens += expected_tokens(tree, rates)
+            cost += costs[AUTO_TREES.index(tree)]
+        tests = []
+        for children in tree:
+            passed = [rng.random() < rate for rate in rates[:children]]
+            tests.append((passed.index(True) + 1 if any(passed) else children, any(passed)))
+            if not any(passed):
+                break
+        pace.observe(tests)
+    ideal = max(
+        expected_tokens(tree, rates) / cost for tree, cost in zip(AUTO_TREES, costs, strict=True)
+    )
+    assert tokens / cost > 0.96 * ideal
+
+
+def test_costs_of_other_trees_are_refused() -> None:
+    with pytest.raises(ConfigError, match="iteration_costs"):
+        TreePace([1.0, 1.2])
+    assert TreePace().tree in AUTO_TREES

@@ -9,7 +9,9 @@ figures are pooled over tokens and passes, as in `mtad acceptance`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import operator
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +32,7 @@ from mtad.acceptance.records import Record, Setting
 from mtad.bench.records import Run
 from mtad.bench.roofline import Machine, Reached, Shape, reached
 from mtad.config import DecodeConfig
-from mtad.pace import MAX_AUTO_DRAFT_TOKENS
+from mtad.pace import AUTO_TREES, MAX_AUTO_DRAFT_TOKENS
 from mtad.trace import EnergyReading
 
 AUTO_LENGTHS = (1, 2, 4, 8, MAX_AUTO_DRAFT_TOKENS)
@@ -311,28 +313,30 @@ def _timed(
     )
 
 
-def specinfer_passes(config: DecodeConfig) -> tuple[Pass, list[Pass]] | None:
-    """The target's pass over the whole tree and the later draft steps.
+def tree_passes(tree: Sequence[int], beam_width: int) -> tuple[Pass, list[Pass]]:
+    """The target's pass over a tree of `specinfer`, and the later draft steps.
 
-    None where the tree does not divide into W branches, as measured trees do.
+    One that does not divide into W branches, as measured trees do, costs what a block of as many
+    rows does.
     """
-    levels, size = [], 1
-    for children in config.k_config:
-        size *= children
-        levels.append(size)
-    nodes = sum(levels)
-    if nodes % config.beam_width:
-        return None
-    return ("tree", 1 + nodes), [("draft", rows) for rows in levels[:-1]]
+    levels = list(itertools.accumulate(tree, operator.mul))
+    kind = "target" if sum(levels) % beam_width else "tree"
+    return (kind, 1 + sum(levels)), [("draft", rows) for rows in levels[:-1]]
+
+
+def _trees(config: DecodeConfig) -> Sequence[tuple[int, ...]]:
+    """Those that `specinfer` may draw."""
+    return AUTO_TREES if config.k_config == "auto" else [config.k_config]
 
 
 def passes_of(settings: Sequence[Setting], config: DecodeConfig) -> set[Pass]:
     """The passes whose costs the predictions are made of."""
     fixed = [one for setting in settings for one in fixed_lengths(setting)]
     found = needed_passes(fixed, config.beam_width)
-    tree = specinfer_passes(config)
-    if tree is not None and any(setting.method == "specinfer" for setting in settings):
-        found |= {tree[0], *tree[1]}
+    if any(setting.method == "specinfer" for setting in settings):
+        for tree in _trees(config):
+            verification, drafting = tree_passes(tree, config.beam_width)
+            found |= {verification, *drafting}
     return found
 
 
@@ -355,8 +359,8 @@ def predict(
 ) -> float | None:
     """Tokens a pass × the cost of a one-token pass / the cost of verification and drafting.
 
-    With γ "auto" the costs of an iteration are those of its mean verification. None where
-    iterations differ in what they draft in another way, and for transformers.
+    With γ or the tree "auto" the costs of an iteration are those of its mean verification. None
+    where iterations differ in what they draft in another way, and for transformers.
 
     Args:
         quality: the row.
@@ -364,51 +368,59 @@ def predict(
         costs: measured.
         rows: mean rows of a verification.
     """
-    if quality.score is None and quality.setting.num_draft_tokens == "auto":
-        return _predict_auto(quality, config, costs, rows)
-    if quality.score is not None or costs is None or quality.setting.method != "specinfer":
+    if quality.score is not None or costs is None or quality.block_efficiency is None:
         return quality.score
-    passes = specinfer_passes(config)
-    if passes is None or costs.draft_first is None or quality.block_efficiency is None:
-        return None
-    (_, rows), later = passes
-    verifying = costs.tree.get(rows)
-    drafting = [costs.draft.get(rows) for _, rows in later]
-    if verifying is None or None in drafting:
-        return None
-    steps = math.fsum(step for step in drafting if step is not None)
-    seconds = verifying + costs.draft_first + steps
-    return quality.block_efficiency.value * costs.target[1] / seconds
-
-
-def _predict_auto(
-    quality: acceptance.Row, config: DecodeConfig, costs: Costs | None, rows: float | None
-) -> float | None:
-    """Between two lengths that were measured the cost of an iteration is a straight line."""
-    if costs is None or rows is None or quality.block_efficiency is None:
+    setting = quality.setting
+    if setting.method == "specinfer":
+        found = [_tree_point(tree, config, costs) for tree in _trees(config)]
+    elif setting.num_draft_tokens == "auto":
+        found = [_point(one, config, costs) for one in fixed_lengths(setting)]
+    else:
         return None
     one_token = costs.target[1]
-    points = [(1.0, one_token)]
-    for setting in fixed_lengths(quality.setting):
-        passes = iteration_passes(setting, config.beam_width)
-        seconds = costs.pass_seconds(setting, config.beam_width)
-        if passes is None or seconds is None:
-            return None
-        points.append((float(passes[0][1]), seconds))
+    points = [point for point in found if point is not None]
+    if len(points) < len(found):
+        return None
+    several = sorted([(1.0, one_token), *points])
+    seconds = points[0][1] if len(points) == 1 else _between(several, rows)
+    if seconds is None:
+        return None
+    return quality.block_efficiency.value * one_token / seconds
+
+
+def _point(setting: Setting, config: DecodeConfig, costs: Costs) -> tuple[float, float] | None:
+    """Rows of the verification, and seconds of an iteration."""
+    passes = iteration_passes(setting, config.beam_width)
+    seconds = costs.pass_seconds(setting, config.beam_width)
+    return None if passes is None or seconds is None else (float(passes[0][1]), seconds)
+
+
+def _tree_point(
+    tree: Sequence[int], config: DecodeConfig, costs: Costs
+) -> tuple[float, float] | None:
+    """The same of an iteration of `specinfer`."""
+    (kind, rows), later = tree_passes(tree, config.beam_width)
+    verifying = (costs.tree if kind == "tree" else costs.target).get(rows)
+    steps = [costs.draft.get(width) for _, width in later]
+    seconds = [verifying, costs.draft_first, *steps]
+    known = [one for one in seconds if one is not None]
+    return (float(rows), math.fsum(known)) if len(known) == len(seconds) else None
+
+
+def _between(points: Sequence[tuple[float, float]], rows: float | None) -> float | None:
+    """Between two points that were measured the cost of an iteration is a straight line."""
     for (left, low), (right, high) in zip(points, points[1:], strict=False):
-        if rows <= right:
-            seconds = low + (high - low) * (rows - left) / (right - left)
-            return quality.block_efficiency.value * one_token / seconds
+        if rows is not None and rows <= right:
+            return low + (high - low) * (rows - left) / (right - left)
     return None
 
 
 def draft_rows(setting: Setting, config: DecodeConfig) -> float | None:
     """Mean rows of a draft step where nobody counted them, by what the method drafts."""
     if setting.method == "specinfer":
-        levels = [1]
-        for children in config.k_config[:-1]:
-            levels.append(levels[-1] * children)
-        return statistics.fmean(levels)
+        if config.k_config == "auto":
+            return None
+        return statistics.fmean([1, *itertools.accumulate(config.k_config[:-1], operator.mul)])
     gamma = setting.num_draft_tokens
     passes = iteration_passes(setting, config.beam_width)
     if passes is None or not isinstance(gamma, int):

@@ -16,6 +16,7 @@ from mtad.config import DecodeConfig
 from mtad.decoders.common import Proposal, State, Verdict
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
+from mtad.pace import TreePace
 from mtad.sampling import Warped, draw, draw_distinct, uniforms, unwarped, warp
 from mtad.trace import Decision
 from mtad.verify import multi_candidate
@@ -32,13 +33,20 @@ def decode(
 ) -> Iterator[Decision]:
     """See `mtad.decoders.Decoder`."""
     state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids)
+    shape, pace = config.k_config, None
+    if not isinstance(shape, tuple):
+        pace = TreePace(config.iteration_costs)
+        shape = pace.tree
     while state.running:
-        candidates = draw_tree(state, min(len(config.k_config), state.remaining - 1))
+        candidates = draw_tree(state, shape[: state.remaining - 1])
         tree = candidates.proposal
         logits = state.verify(tree)
         rows = warp(logits, config)
         target_logprobs = rows.select(tree.parents + 1).logprob_of(tree.token_ids)
         walk = walk_down(candidates, rows, uniforms(generator, tree.token_ids.shape[0]), config)
+        if pace is not None:
+            pace.observe(walk.tests)
+            shape = pace.tree
         device = target.device
         path = torch.zeros(tree.levels, dtype=torch.int64)
         path[: len(walk.path)] = torch.tensor(walk.path, dtype=torch.int64)
@@ -71,13 +79,14 @@ class Candidates:
     draft_rows: Warped | None
 
 
-def draw_tree(state: State, depth: int) -> Candidates:
-    """k_config[d] children below every node of depth d, drawn from q.
+def draw_tree(state: State, shape: Sequence[int]) -> Candidates:
+    """shape[d] children below every node of depth d, drawn from q.
 
     With replacement the children are independent draws, so that a token may occur twice;
     without, they are distinct and fewer where the support ends. At temperature 0 they are the
     most probable tokens of the unfiltered q.
     """
+    depth = len(shape)
     if depth == 0:
         return Candidates(Proposal.nothing(state.target.device), None)
     config, waiting = state.config, state.draft_pending.shape[0]
@@ -92,7 +101,7 @@ def draw_tree(state: State, depth: int) -> Candidates:
     for level in range(depth):
         row = unwarped(logits) if greedy else warp(logits, config)
         rows.append(row)
-        tokens, children, exists = _children(row, config, state, config.k_config[level])
+        tokens, children, exists = _children(row, config, state, shape[level])
         owner = torch.arange(tokens.shape[0], device=tokens.device) // children
         level_parents = level_start + owner
         above = real[-1][owner] if level else torch.ones_like(exists)
@@ -156,12 +165,14 @@ class Walk:
         final: what the last token is drawn from.
         scores: [N] p/q of each test, NaN for a node that was not tested.
         thresholds: [N] the uniforms, NaN likewise.
+        tests: by depth, how many siblings were tested and whether the last of them was accepted.
     """
 
     path: list[int]
     final: Warped
     scores: Tensor
     thresholds: Tensor
+    tests: list[tuple[int, bool]]
 
 
 def walk_down(
@@ -176,12 +187,13 @@ def walk_down(
     scores = torch.full((len(token_ids),), torch.nan, dtype=torch.float64)
     thresholds = scores.clone()
     path: list[int] = []
+    tests: list[tuple[int, bool]] = []
     node = -1
     while True:
         target = rows.row(torch.tensor(node + 1))
         children = [i for i, parent in enumerate(parents) if parent == node and real[i]]
         if not children or candidates.draft_rows is None:
-            return Walk(path, target, scores, thresholds)
+            return Walk(path, target, scores, thresholds, tests)
         tokens = [token_ids[child] for child in children]
         if config.temperature == 0.0:
             best = int(target.token_ids[0])
@@ -199,10 +211,11 @@ def walk_down(
             accepted, final, ratios = multi_candidate(
                 target, draft, tokens, chances, config.replacement
             )
+        tests.append((len(ratios), accepted is not None))
         tested = children[: len(ratios)]
         scores[tested] = torch.tensor(ratios, dtype=torch.float64)
         thresholds[tested] = torch.tensor(chances[: len(ratios)], dtype=torch.float64)
         if accepted is None:
-            return Walk(path, final, scores, thresholds)
+            return Walk(path, final, scores, thresholds, tests)
         node = children[accepted]
         path.append(node)

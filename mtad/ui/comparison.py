@@ -87,6 +87,8 @@ class Request:
 def config_of(parameters: Mapping[str, Any]) -> DecodeConfig:
     """The config that a browser asks for. It has one kind of number: 4.0 is a whole one there.
 
+    The tree of `specinfer` adapts unless something else is said: not every form has a field for it.
+
     Raises:
         ConfigError: a parameter is out of range.
     """
@@ -94,7 +96,8 @@ def config_of(parameters: Mapping[str, Any]) -> DecodeConfig:
     def whole(name: str, value: Any) -> bool:
         return name in _WHOLE_FIELDS and isinstance(value, float) and value.is_integer()
 
-    return DecodeConfig(**{n: int(v) if whole(n, v) else v for n, v in parameters.items()})
+    given = {n: int(v) if whole(n, v) else v for n, v in parameters.items()}
+    return DecodeConfig(**{"k_config": "auto"} | given)
 
 
 def check_request(prompt: str, method_ids: Sequence[str], **parameters: Any) -> Request:

@@ -127,7 +127,7 @@ def generate_endpoint(
         top_k: int = 10,
         top_p: float = 0.9,
         seed: int = 0,
-        k_config: list[int] = [4, 2, 2],  # noqa: B006
+        k_config: list[int] | str = "auto",
         replacement: bool = True,
         fallback_threshold: float = 0.6,
         rollback_threshold: float = 5.0,
@@ -163,7 +163,7 @@ def generate_endpoint(
             top_k: keeps the k most probable tokens; 0 keeps all.
             top_p: keeps the smallest set of tokens of this probability.
             seed: the same seed gives the same answer.
-            k_config: children of a node by depth of the tree, of specinfer.
+            k_config: children of a node by depth of the tree of specinfer, or "auto".
             replacement: children are drawn with replacement, of specinfer.
             fallback_threshold: the draft stops where it is less sure, of bild.
             rollback_threshold: nats over which a draft token is replaced, of bild.
@@ -172,7 +172,7 @@ def generate_endpoint(
             search: "beam" or "exact", of mtjd.
             joint_temperature: of the exact search of mtjd.
             node_budget: most nodes that one exact search may forward.
-            iteration_costs: for num_draft_tokens "auto"; null has them measured.
+            iteration_costs: for what is "auto"; null has them measured.
             ignore_eos: go on after the end of the text, to max_new_tokens.
             stop: strings that end the text.
             with_trace: true adds the whole trace to the last value.

@@ -101,7 +101,13 @@ FIELDS = (
         1,
         0.05,
     ),
-    Field("k_config", "k_config", "Children of a node, by depth of the tree.", "text", "4, 2, 2"),
+    Field(
+        "k_config",
+        "k_config",
+        'Children of a node, by depth of the tree, such as 4, 2, 2; or "auto".',
+        "text",
+        "auto",
+    ),
     Field("replacement", "replacement", "Draws children with replacement.", "tick", True),
     Field(
         "fallback_threshold",
@@ -180,6 +186,8 @@ def parameter(field: Field, value: Any) -> Any:
             return None
         return int(text) if text.isascii() and text.isdigit() and len(text) < 8 else value
     if field.name == "k_config":
+        if str(value).strip() == "auto":
+            return "auto"
         parts = str(value).split(",") if value is not None else []
         return tuple(
             int(part) if part.strip().isascii() and part.strip().isdigit() else part.strip()
