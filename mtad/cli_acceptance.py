@@ -142,9 +142,7 @@ def acceptance(
     with locked(records) if records is not None else contextlib.nullcontext():
         models = load(pair, device, dtype, draft)
         outcome = _measure(models, config, settings, tasks, records)
-    outcome.found = rows(
-        outcome.records, settings, costs=outcome.costs, beam_width=config.beam_width
-    )
+    outcome.found = rows(outcome.records, settings, costs=outcome.costs, beam_width=config.width)
     if json_file is not None and outcome.found:
         write_atomically(json_file, _json(outcome))
     _report(outcome, as_markdown)
@@ -212,7 +210,7 @@ def _run(outcome: Outcome, models: Any, file: RecordFile | None) -> None:
     todo = jobs(outcome.tasks, outcome.settings, outcome.records, outcome.config.seed)
     with stop_on_interrupt() as stop:
         try:
-            width = outcome.config.beam_width
+            width = outcome.config.width
             passes = needed_passes(outcome.settings, width)
             outcome.costs, why = pass_costs(models, passes, width, stop, err, purpose="score")
             outcome.notes += why

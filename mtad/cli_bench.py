@@ -263,7 +263,7 @@ def _run(
         try:
             outcome.machine = _machine(outcome, models, stop, err)
             passes = passes_of(settings, config)
-            width = config.beam_width
+            width = config.width
             outcome.costs, why = pass_costs(
                 models, passes, width, stop, err, purpose="prediction", rounds=_COST_ROUNDS
             )

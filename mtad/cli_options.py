@@ -25,7 +25,11 @@ _HELP: dict[str, tuple[Any, str]] = {
         str,
         'Draft length γ. 1 to 64, or "auto". Default: 10 for bild, 4 elsewhere.',
     ),
-    "beam_width": (int, "Beams W of the draft (mtad, mtad_tree) or target (beam, mtjd). 1 to 64."),
+    "beam_width": (
+        str,
+        "Beams W of the draft (mtad, mtad_tree) or target (beam, mtjd). 1 to 64, or with γ auto"
+        ' "auto".',
+    ),
     "accept_threshold": (float, "τ: a prefix passes while joint p / joint q > τ. Above 0."),
     "temperature": (float, "Divides the logits; 0 chooses by maximum. 0, or 0.001 to 100."),
     "top_k": (int, "Keep the k most probable tokens; 0 keeps all."),
@@ -45,8 +49,8 @@ _HELP: dict[str, tuple[Any, str]] = {
     "node_budget": (int, "mtjd exact: most tree nodes of one iteration. 1 to 65536."),
     "iteration_costs": (
         str,
-        "With γ auto: cost of an iteration with 0, 1, 2, … draft tokens, such as 1,1.2,1.4."
-        " Default: measured.",
+        "With γ auto: cost of an iteration with 0, 1, 2, … draft tokens, such as 1,1.2,1.4; with W"
+        " auto rows of them with ; between. Default: measured.",
     ),
     "ignore_eos": (bool, "Go on after an end-of-sequence token."),
     "stop": (list[str], "Cut the text before this string. May be given up to 16 times."),
@@ -91,13 +95,14 @@ def config_from(given: dict[str, Any]) -> DecodeConfig:
         ConfigError: a value is outside its range.
     """
     values = {name: value for name, value in given.items() if value not in (None, [])}
-    length = values.get("num_draft_tokens")
-    if length is not None and length != "auto":
-        values["num_draft_tokens"] = _whole(length)
+    for name in ("num_draft_tokens", "beam_width"):
+        if values.get(name, "auto") != "auto":
+            values[name] = _whole(values[name])
     if values.get("k_config", "auto") != "auto":
         values["k_config"] = tuple(_whole(part) for part in values["k_config"].split(","))
     if "iteration_costs" in values:
-        values["iteration_costs"] = tuple(map(_number, values["iteration_costs"].split(",")))
+        rows = [tuple(map(_number, row.split(","))) for row in values["iteration_costs"].split(";")]
+        values["iteration_costs"] = tuple(rows) if len(rows) > 1 else rows[0]
     if "stop" in values:
         values["stop"] = tuple(values["stop"])
     return DecodeConfig(**values)

@@ -13,12 +13,14 @@ import operator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mtad.errors import ConfigError
 from mtad.fields import is_number, is_text, is_whole, refuse
 
 MAX_NEW_TOKENS = 131_072
 # The CPU's generator reads the lowest 32 bits only: beyond them seeds would repeat.
 MAX_SEED = 2**32 - 1
 MAX_STOP_STRINGS = 16
+DEFAULT_WIDTH = 4
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,11 @@ class DecodeConfig:
             read with num_draft_tokens="auto" only. None has the runner measure it once a pair
             and write it into the trace: with it the same seed gives the same decisions again. For
             `specinfer`, with k_config="auto", the costs are those without a draft and with each of
-            `mtad.pace.AUTO_TREES`.
+            `mtad.pace.AUTO_TREES`; with beam_width="auto" there is a row of costs for each of
+            `mtad.pace.AUTO_WIDTHS`.
         beam_width: W, beams of the draft (`mtad`, `mtad_tree`) or of the target (`beam`, `mtjd`).
+            "auto", which goes with num_draft_tokens="auto", takes the widest search of the draft
+            that costs next to no speed, see `mtad.pace`; on the target it stays at 4.
         accept_threshold: τ; a prefix passes while joint p / joint q > τ. Finite and > 0. The
             authors take 0.5; at 0.3 the embedded pair accepts more and gains as much (docs/log.md).
         temperature: divides the logits of both models. 0 chooses by maximum.
@@ -66,7 +71,7 @@ class DecodeConfig:
 
     max_new_tokens: int = 128
     num_draft_tokens: int | Literal["auto"] | None = None
-    beam_width: int = 4
+    beam_width: int | Literal["auto"] = DEFAULT_WIDTH
     accept_threshold: float = 0.3
     temperature: float = 1.0
     top_k: int = 10
@@ -81,7 +86,7 @@ class DecodeConfig:
     search: Literal["beam", "exact"] = "beam"
     joint_temperature: float = 1.0
     node_budget: int = 4096
-    iteration_costs: tuple[float, ...] | None = None
+    iteration_costs: tuple[float, ...] | tuple[tuple[float, ...], ...] | None = None
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
 
@@ -92,7 +97,14 @@ class DecodeConfig:
         self._int("max_new_tokens", 1, MAX_NEW_TOKENS)
         if self.num_draft_tokens not in (None, "auto"):
             self._int("num_draft_tokens", 1, 64, ' or "auto"')
-        self._int("beam_width", 1, 64)
+        if self.beam_width != "auto":
+            self._int("beam_width", 1, 64, ' or "auto"')
+        elif self.num_draft_tokens != "auto":
+            raise ConfigError(
+                'beam_width is "auto", but num_draft_tokens is'
+                f" {self.num_draft_tokens or 'the default'}. W is chosen together with γ: give"
+                ' num_draft_tokens="auto" as well, or a beam_width from 1 to 64.'
+            )
         self._float("accept_threshold", 0.0, math.inf, above=True)
         self._float("temperature", 0.001, 100.0, or_zero=True)
         self._int("top_k", 0, 2**31 - 1)
@@ -111,6 +123,11 @@ class DecodeConfig:
         self._iteration_costs()
         self._bool("ignore_eos")
         self._stop()
+
+    @property
+    def width(self) -> int:
+        """W; the default where it is chosen as the text goes."""
+        return self.beam_width if isinstance(self.beam_width, int) else DEFAULT_WIDTH
 
     def with_draft_length(self, default: int) -> DecodeConfig:
         """This config with `num_draft_tokens` set to `default` where it was left to the method."""
@@ -173,11 +190,22 @@ class DecodeConfig:
         if value is None:
             return
         allowed = "2 to 65 numbers greater than 0 and at most 1e6"
-        if not isinstance(value, (tuple, list)) or not 2 <= len(value) <= 65:
-            refuse("iteration_costs", value, allowed)
-        if not all(is_number(cost) and 0 < cost <= 1e6 for cost in value):
-            refuse("iteration_costs", value, allowed)
-        object.__setattr__(self, "iteration_costs", tuple(float(cost) for cost in value))
+        if self.beam_width == "auto":
+            allowed += ", or 1 to 16 rows of them"
+
+        def row(costs: Any) -> tuple[float, ...]:
+            if not isinstance(costs, (tuple, list)) or not 2 <= len(costs) <= 65:
+                refuse("iteration_costs", value, allowed)
+            if not all(is_number(cost) and 0 < cost <= 1e6 for cost in costs):
+                refuse("iteration_costs", value, allowed)
+            return tuple(float(cost) for cost in costs)
+
+        several = self.beam_width == "auto" and isinstance(value, (tuple, list)) and value
+        if several and isinstance(value[0], (tuple, list)) and len(value) <= 16:
+            costs: Any = tuple(row(costs) for costs in value)
+        else:
+            costs = row(value)
+        object.__setattr__(self, "iteration_costs", costs)
 
     def _stop(self) -> None:
         value: Any = self.stop

@@ -8,6 +8,7 @@ turns, and the fastest of all iterations counts: what else a machine does only a
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -19,12 +20,14 @@ from mtad.config import DecodeConfig
 from mtad.decoders import load_decoder
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
-from mtad.pace import AUTO_TREES, MAX_AUTO_DRAFT_TOKENS
+from mtad.pace import AUTO_TREES, AUTO_WIDTHS, MAX_AUTO_DRAFT_TOKENS
 from mtad.trace import Decision
 
 CONTEXT_TOKENS = 100
 SWEEPS = 2
 ROUNDS = 4
+# An iteration that costs so many without a draft seldom emits as many tokens.
+DEAR = 8.0
 # More than anything is worth.
 NEVER = 1e6
 LENGTHS = (1, 2, 4, 8, MAX_AUTO_DRAFT_TOKENS)
@@ -37,10 +40,11 @@ def measure_iterations(
     make: Callable[[], tuple[CachedLM, Drafter]],
     config: DecodeConfig,
     context_length: int,
-) -> tuple[float, ...]:
+) -> tuple[float, ...] | tuple[tuple[float, ...], ...]:
     """Seconds of an iteration with γ = 0, 1, … draft tokens, relative to one without a draft.
 
-    Of a method that reads `k_config` they are those without a draft and with each of `AUTO_TREES`.
+    Of a method that reads `k_config` they are those without a draft and with each of `AUTO_TREES`;
+    with beam_width="auto" there is a row of them for each of `AUTO_WIDTHS`.
     The caller holds the device. Lengths between the measured ones are interpolated, and a longer
     draft never counts as cheaper than a shorter one.
 
@@ -52,7 +56,7 @@ def measure_iterations(
 
     Returns:
         1.0 for no draft, then up to γ = `MAX_AUTO_DRAFT_TOKENS`, or fewer where the context is too
-        short; or those of the trees, `NEVER` where it is too short for one.
+        short or they grow too dear; or those of the trees, `NEVER` likewise.
     """
     fits = [n for n in LENGTHS if (ROUNDS + 2) * (n + 1) < context_length // 2] or [1]
     context = max(2, min(CONTEXT_TOKENS, context_length // 2))
@@ -61,8 +65,14 @@ def measure_iterations(
         drafts = {tree: {"k_config": tree} for tree in trees}
         times = _measure(method, make, config, context, drafts)
         return (1.0, *(times.get(tree, NEVER) for tree in AUTO_TREES))
-    lengths = {length: {"num_draft_tokens": length} for length in fits}
-    return _by_length({0: 1.0} | _measure(method, make, config, context, lengths))
+
+    def by_length(width: int) -> tuple[float, ...]:
+        drafts = {n: {"num_draft_tokens": n, "beam_width": width} for n in fits}
+        return _by_length({0: 1.0} | _measure(method, make, config, context, drafts))
+
+    if config.beam_width == "auto" and "beam_width" in method_info(method).parameters:
+        return tuple(by_length(width) for width in AUTO_WIDTHS)
+    return by_length(config.width)
 
 
 def _measure(
@@ -72,22 +82,39 @@ def _measure(
     context: int,
     drafts: Mapping[K, Mapping[str, Any]],
 ) -> dict[K, float]:
-    """Seconds of an iteration with each of the drafts, relative to one without."""
-    plain: list[float] = []
-    times: dict[K, list[float]] = {draft: [] for draft in drafts}
+    """Seconds of an iteration with each of the drafts, relative to one without.
+
+    They come with the shorter ones first; from one that is too dear on, the others are left out.
+    """
+    wide = {"num_draft_tokens": MAX_AUTO_DRAFT_TOKENS, "beam_width": 1}  # of no draft
+    plain, times = math.inf, dict[K, float]()
     for _ in range(SWEEPS):
-        for draft, seconds_of in ((None, plain), *times.items()):
-            fields = {} if draft is None else drafts[draft]
-            runs = "autoregressive" if draft is None else method
-            # One after the other: a drafter of the user's own is one object, and holds one text.
-            run = _iterations(runs, make, config, context, fields)
-            next(run)  # holds the prefill
-            for _ in range(ROUNDS):
-                start = time.perf_counter()
-                next(run)
-                seconds_of.append(time.perf_counter() - start)
-            run.close()
-    return {draft: round(min(values) / min(plain), 4) for draft, values in times.items()}
+        plain = min(plain, _fastest("autoregressive", make, config, context, wide))
+        for draft, fields in drafts.items():
+            seconds = _fastest(method, make, config, context, fields)
+            times[draft] = min(seconds, times.get(draft, math.inf))
+            if times[draft] > DEAR * plain:
+                break
+    return {draft: round(seconds / plain, 4) for draft, seconds in times.items()}
+
+
+def _fastest(
+    method: str,
+    make: Callable[[], tuple[CachedLM, Drafter]],
+    config: DecodeConfig,
+    context: int,
+    fields: Mapping[str, Any],
+) -> float:
+    """Seconds of the fastest of some iterations."""
+    # One run after the other: a drafter of the user's own is one object, and holds one text.
+    run, seconds = _iterations(method, make, config, context, fields), math.inf
+    next(run)  # holds the prefill
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        next(run)
+        seconds = min(seconds, time.perf_counter() - start)
+    run.close()
+    return seconds
 
 
 def _iterations(

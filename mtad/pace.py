@@ -17,6 +17,10 @@ from collections.abc import Sequence
 from mtad.fields import refuse
 
 MAX_AUTO_DRAFT_TOKENS = 16
+# The W that `beam_width="auto"` chooses from, and how much of the best speed the widest may cost: a
+# wider search finds likelier blocks, so that W is first of all a matter of quality.
+AUTO_WIDTHS = (1, 2, 4, 8)
+_WORTH = 0.95
 # The shapes that `k_config="auto"` chooses from: lines, and trees that branch early, since what
 # stands further down is seldom reached.
 AUTO_TREES: tuple[tuple[int, ...], ...] = (
@@ -35,7 +39,7 @@ _FIRST_COSTS = tuple(1.0 + 0.1 * length for length in range(MAX_AUTO_DRAFT_TOKEN
 # Observations that the first guess, and the mean of all depths, count for.
 _PRIOR = 4.0
 # What was seen this many iterations ago counts half.
-_HALF_LIFE = 32.0
+_FADE = 0.5 ** (1.0 / 32.0)
 
 
 class Pace:
@@ -43,6 +47,7 @@ class Pace:
 
     Attributes:
         length: γ of the next iteration, from 1 to the longest that has a cost.
+        rate: tokens for its cost that are expected with that.
     """
 
     def __init__(self, costs: Sequence[float] | None = None) -> None:
@@ -56,20 +61,23 @@ class Pace:
         # By depth: how often it was offered below accepted tokens, and accepted as well.
         self._tried = [0.0] * depths
         self._passed = [0.0] * depths
-        self.length = self._best()
+        self.length, self.rate = self._best()
 
     def observe(self, accepted: int, offered: int) -> None:
         """Takes in an iteration in which `accepted` of `offered` draft tokens were accepted."""
-        fade = 0.5 ** (1.0 / _HALF_LIFE)
-        for depth in range(len(self._tried)):
-            self._tried[depth] *= fade
-            self._passed[depth] *= fade
-            if depth < offered and depth <= accepted:
-                self._tried[depth] += 1.0
-                self._passed[depth] += float(depth < accepted)
-        self.length = self._best()
+        self.fade()
+        for depth in range(min(offered, accepted + 1, len(self._tried))):
+            self._tried[depth] += 1.0
+            self._passed[depth] += float(depth < accepted)
+        self.length, self.rate = self._best()
 
-    def _best(self) -> int:
+    def fade(self) -> None:
+        """Takes in that an iteration went by."""
+        self._tried = [count * _FADE for count in self._tried]
+        self._passed = [count * _FADE for count in self._passed]
+        self.length, self.rate = self._best()
+
+    def _best(self) -> tuple[int, float]:
         mean = (sum(self._passed) + _PRIOR * _FIRST_RATE) / (sum(self._tried) + _PRIOR)
         survives, expected = 1.0, 1.0
         best, best_rate = 1, 0.0
@@ -80,7 +88,49 @@ class Pace:
             expected += survives
             if expected / cost > best_rate:
                 best, best_rate = depth + 1, expected / cost
-        return best
+        return best, best_rate
+
+
+class WidthPace:
+    """Chooses γ and W for `beam_width="auto"`: the widest search that costs next to no speed.
+
+    Each width has a `Pace` of its own, which forgets while it rests: so a width is tried as long
+    as, and again when, its first guess promises enough.
+
+    Attributes:
+        width: W of the next iteration: one of `AUTO_WIDTHS`.
+        length: its γ.
+    """
+
+    def __init__(self, costs: Sequence[Sequence[float]] | None = None) -> None:
+        """Begins without observations.
+
+        Args:
+            costs: for each of `AUTO_WIDTHS` what `Pace` takes; a guess if None.
+
+        Raises:
+            ConfigError: there are more or fewer of them.
+        """
+        rows = [None] * len(AUTO_WIDTHS) if costs is None else costs
+        if len(rows) != len(AUTO_WIDTHS) or any(isinstance(row, float) for row in rows):
+            allowed = f'costs by γ for each W of {AUTO_WIDTHS} with beam_width "auto"'
+            refuse("iteration_costs", costs, allowed)
+        self._paces = {width: Pace(row) for width, row in zip(AUTO_WIDTHS, rows, strict=True)}
+        self._choose()
+
+    def observe(self, accepted: int, offered: int) -> None:
+        """Takes in an iteration with the present width, see `Pace.observe`."""
+        for width, pace in self._paces.items():
+            if width == self.width:
+                pace.observe(accepted, offered)
+            else:
+                pace.fade()
+        self._choose()
+
+    def _choose(self) -> None:
+        enough = _WORTH * max(pace.rate for pace in self._paces.values())
+        self.width = max(width for width, pace in self._paces.items() if pace.rate >= enough)
+        self.length = self._paces[self.width].length
 
 
 class TreePace:
@@ -102,7 +152,7 @@ class TreePace:
         """
         if costs is None:
             costs = (1.0, *(1.0 + 0.05 * (nodes(tree) + len(tree)) for tree in AUTO_TREES))
-        if len(costs) != 1 + len(AUTO_TREES):
+        if len(costs) != 1 + len(AUTO_TREES) or not all(isinstance(cost, float) for cost in costs):
             allowed = f'{1 + len(AUTO_TREES)} numbers with k_config "auto": without a draft, then'
             refuse("iteration_costs", tuple(costs), f"{allowed} with each of {AUTO_TREES}")
         self._costs = tuple(costs[1:])
@@ -114,9 +164,8 @@ class TreePace:
 
     def observe(self, tests: Sequence[tuple[int, bool]]) -> None:
         """Takes in an iteration: of each depth how many were tested, and if the last one passed."""
-        fade = 0.5 ** (1.0 / _HALF_LIFE)
         for row in (*self._tried, *self._passed):
-            row[:] = [count * fade for count in row]
+            row[:] = [count * _FADE for count in row]
         for depth, (tested, accepted) in enumerate(tests):
             for sibling in range(tested):
                 self._tried[depth][sibling] += 1.0

@@ -18,6 +18,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import transformers
@@ -34,6 +35,7 @@ from mtad.iteration_costs import measure_iterations
 from mtad.lm import CachedLM, Recorder, clock_for
 from mtad.metrics import summarize
 from mtad.native.threads import lent_threads
+from mtad.pace import AUTO_WIDTHS
 from mtad.pairs import EAGER, ModelPair, as_drafter
 from mtad.processor import cpu_name
 from mtad.recording import Scribe, Timing, meter_for, synchronize
@@ -51,7 +53,7 @@ _locks: dict[str, threading.Lock] = {}
 _locks_guard = threading.Lock()
 _warmed: weakref.WeakSet[ModelPair] = weakref.WeakSet()
 # By pair, then by method and beam width. Only read and written by the run that holds the device.
-_costs: weakref.WeakKeyDictionary[ModelPair, dict[tuple[str, int], tuple[float, ...]]] = (
+_costs: weakref.WeakKeyDictionary[ModelPair, dict[tuple[str, int | str], Any]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -190,7 +192,10 @@ class _Run:
         self.info = info
         self.pair = pair
         self.prompt_ids = prompt_ids
-        self.config = config.with_draft_length(info.draft_length)
+        config = config.with_draft_length(info.draft_length)
+        if not (info.uses_draft and "beam_width" in info.parameters):
+            config = dataclasses.replace(config, beam_width=config.width)
+        self.config = config
         self._check_request()
         self.room = pair.context_length - len(prompt_ids)
         self._cancel = cancel
@@ -229,9 +234,10 @@ class _Run:
                 f"{info.id} needs a draft model, and this pair has none. Add one, or choose a"
                 " method that runs on the target alone, such as autoregressive."
             )
-        if "beam_width" in info.parameters and config.beam_width > pair.vocab_size:
+        width = max(AUTO_WIDTHS) if config.beam_width == "auto" else config.beam_width
+        if "beam_width" in info.parameters and width > pair.vocab_size:
             raise ConfigError(
-                f"beam_width is {config.beam_width}, but the vocabulary of the pair has"
+                f"beam_width is {width}, but the vocabulary of the pair has"
                 f" {pair.vocab_size} tokens. Choose at most that many beams."
             )
         size = len(self.prompt_ids)

@@ -238,7 +238,8 @@ def test_replay_of_a_missing_file_or_a_folder(tmp_path: Path) -> None:
     ("arguments", "said"),
     [
         (["generate", "x", "--beam-width", "0"], "beam_width is 0, but must be"),
-        (["generate", "x", "--beam-width", "wide"], "--beam-width"),
+        (["generate", "x", "--beam-width", "wide"], "beam_width is 'wide'"),
+        (["generate", "x", "--beam-width", "auto"], 'num_draft_tokens="auto" as well'),
         (["generate", "x", "--num-draft-tokens", "many"], "num_draft_tokens is 'many'"),
         (["generate", "x", "--k-config", "4,x"], "k_config"),
         (["generate", "x", "--temperature", "nan"], "temperature"),
@@ -341,6 +342,11 @@ def test_options_reach_the_config() -> None:
         temperature=0.0,
     )
     assert config_from({"num_draft_tokens": "auto"}).num_draft_tokens == "auto"
+    assert config_from({"k_config": "auto"}).k_config == "auto"
+    adapting = {"num_draft_tokens": "auto", "beam_width": "auto", "iteration_costs": "1,2;1,3"}
+    assert config_from(adapting) == DecodeConfig(
+        num_draft_tokens="auto", beam_width="auto", iteration_costs=((1, 2), (1, 3))
+    )
 
 
 # Prompts and files

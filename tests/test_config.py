@@ -17,7 +17,9 @@ NOT_WHOLE = [1.0, 1.5, math.nan, math.inf, "4", b"4", True, False, [4], (4,), {}
 NOT_A_NUMBER = [math.nan, -math.nan, math.inf, -math.inf, "0.5", b"0.5", True, False, [0.5], {}, 1j]
 NOT_BOOL = [0, 1, 1.0, "true", "", [], math.nan]
 HUGE = [10**400, -(10**400)]
-K_CONFIG = "1 to 8 whole numbers from 1 to 16, such as (4, 2, 2), with at most 1024 nodes"
+K_CONFIG = (
+    '1 to 8 whole numbers from 1 to 16, such as (4, 2, 2), with at most 1024 nodes, or "auto"'
+)
 
 # field → (allowed range as the message gives it, values to refuse, values to accept)
 TABLE: dict[str, tuple[str, list[Any], list[Any]]] = {
@@ -31,7 +33,11 @@ TABLE: dict[str, tuple[str, list[Any], list[Any]]] = {
         [*NOT_WHOLE, *HUGE, 0, -1, 65, "Auto", ""],
         [1, 64, "auto"],
     ),
-    "beam_width": ("a whole number from 1 to 64", [*NOT_WHOLE, *HUGE, 0, -1, 65], [1, 64]),
+    "beam_width": (
+        'a whole number from 1 to 64 or "auto"',
+        [*NOT_WHOLE, *HUGE, 0, -1, 65, "Auto"],
+        [1, 64],
+    ),
     "accept_threshold": (
         "a number greater than 0 and finite",
         [*NOT_A_NUMBER, *HUGE, 0, 0.0, -0.0, -0.1],
@@ -218,3 +224,18 @@ def test_an_unknown_method_is_refused_with_the_list_of_those_that_exist(name: An
     message = str(caught.value)
     assert message.startswith(f"There is no method {name!r}. Choose one of: ")
     assert all(info.id in message for info in methods())
+
+
+def test_a_width_is_chosen_together_with_a_length() -> None:
+    adapting = DecodeConfig(num_draft_tokens="auto", beam_width="auto")
+    assert (adapting.width, DecodeConfig(beam_width=7).width) == (4, 7)
+    for length in (None, 5):
+        with pytest.raises(ConfigError, match='beam_width is "auto".*num_draft_tokens="auto"'):
+            DecodeConfig(num_draft_tokens=length, beam_width="auto")
+    rows = dataclasses.replace(adapting, iteration_costs=[[1, 2], [1, 2.5]])  # type: ignore[list-item]
+    assert rows.iteration_costs == ((1.0, 2.0), (1.0, 2.5))
+    for wrong in ([[1, 2], 3], [[1, 2], [1, -2]], [[1]], [[1, 2]] * 17):
+        with pytest.raises(ConfigError, match="or 1 to 16 rows of them"):
+            dataclasses.replace(adapting, iteration_costs=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="iteration_costs"):
+        DecodeConfig(iteration_costs=[[1, 2]])  # type: ignore[list-item]

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 import mtad
 from mtad.config import MAX_SEED
 from mtad.errors import ConfigError
-from mtad.pace import AUTO_TREES, Pace, TreePace, nodes
+from mtad.pace import AUTO_TREES, AUTO_WIDTHS, Pace, TreePace, WidthPace, nodes
 from mtad.trace import Decision, Trace
 from mtad.whatif import accepted_length_at, accepted_path
 from tests.models import tiny
@@ -356,7 +356,45 @@ def test_an_automatic_draft_length_follows_what_is_accepted(method: str) -> None
     assert min(lengths["strangers"][:-1]) < lengths["strangers"][0] < 12
 
 
-def tests_by_depth(decision: Decision) -> list[tuple[int, bool]]:
+@pytest.mark.parametrize("method", ["mtad", "mtad_tree"])
+def test_an_automatic_width_follows_what_is_accepted(method: str) -> None:
+    """Each draft has the shape that `WidthPace` chooses after the iterations before it."""
+    costs = tuple(
+        tuple(1 + (0.1 + 0.02 * width) * length for length in range(7)) for width in AUTO_WIDTHS
+    )
+    config = mtad.DecodeConfig(
+        max_new_tokens=120, num_draft_tokens="auto", beam_width="auto", iteration_costs=costs
+    )
+    trace = mtad.run(method, pair_of("strangers"), prompt_ids=PROMPT, config=config)
+    pace, left, widths = WidthPace(costs), 120, set()
+    for decision in trace.decisions():
+        depth = decision.tree.depth
+        assert depth <= min(pace.length, left - 1)  # less where all hypotheses have ended
+        if method == "mtad_tree" and depth:
+            assert decision.tree.parents.count(-1) <= pace.width
+            widths.add(pace.width)
+        assert decision.draft_passes == (min(pace.length, left - 1) or decision.draft_passes)
+        left -= len(decision.emitted)
+        if depth:
+            pace.observe(decision.accepted_length, depth)
+    assert method == "mtad" or len(widths) > 1
+    assert mtad.Trace.from_json(trace.to_json()).config == config
+
+
+def test_what_widths_cost_is_measured_once_and_told() -> None:
+    pair = pair_of("twins")
+    config = mtad.DecodeConfig(max_new_tokens=40, num_draft_tokens="auto", beam_width="auto")
+    first, second = (mtad.run("mtad", pair, prompt_ids=PROMPT, config=config) for _ in "12")
+    costs = first.config.iteration_costs
+    assert costs is not None and len(costs) == len(AUTO_WIDTHS)
+    assert all(isinstance(row, tuple) and row[0] == 1.0 for row in costs)
+    assert second.config == first.config and second.decisions() == first.decisions()
+    # Other methods take of it what they read.
+    for method in ("beam", "speculative", "specinfer"):
+        assert mtad.run(method, pair, prompt_ids=PROMPT, config=config).token_ids
+
+
+def siblings_tested(decision: Decision) -> list[tuple[int, bool]]:
     """Of each depth that `specinfer` came to: how many nodes it tested, and if the last passed."""
     tree, found = decision.tree, []
     for depth, parent in enumerate((-1, *decision.path)):
@@ -380,7 +418,7 @@ def test_an_automatic_tree_follows_what_is_accepted() -> None:
             assert len(decision.tree.token_ids) == nodes(shape)
             assert decision.tree.depth == len(shape)
             left -= len(decision.emitted)
-            pace.observe(tests_by_depth(decision))
+            pace.observe(siblings_tested(decision))
         shapes[kind] = [len(decision.tree.token_ids) for decision in trace.decisions()]
     assert trace.config.iteration_costs == costs
     assert shapes["twins"][-2] > shapes["strangers"][-2]

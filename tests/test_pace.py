@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import random
+import statistics
 
 import pytest
 
 from mtad.errors import ConfigError
 from mtad.iteration_costs import _by_length
-from mtad.pace import AUTO_TREES, MAX_AUTO_DRAFT_TOKENS, Pace, TreePace, nodes
+from mtad.pace import (
+    AUTO_TREES,
+    AUTO_WIDTHS,
+    MAX_AUTO_DRAFT_TOKENS,
+    Pace,
+    TreePace,
+    WidthPace,
+    nodes,
+)
 
 
 def best_length(rate: float, costs: list[float]) -> int:
@@ -113,3 +122,50 @@ def test_costs_of_other_trees_are_refused() -> None:
     with pytest.raises(ConfigError, match="iteration_costs"):
         TreePace([1.0, 1.2])
     assert TreePace().tree in AUTO_TREES
+
+
+@pytest.mark.parametrize(
+    ("rates", "row", "good"),
+    [
+        ([0.4, 0.6, 0.7, 0.75], 0.0, {8}),  # a free search is as wide as it may be
+        ([0.6, 0.6, 0.6, 0.6], 0.2, {1}),  # a dear one that gains nothing as narrow
+        ([0.3, 0.7, 0.7, 0.7], 0.05, {2}),
+        ([0.5, 0.6, 0.6, 0.6], 0.001, {2, 4, 8}),  # alike, all but the first
+    ],
+)
+def test_the_width_is_one_that_costs_next_to_no_speed(
+    rates: list[float], row: float, good: set[int]
+) -> None:
+    """`rates` are those at which a token of each width passes. Seeded.
+
+    From the first iteration on at most 8 % are lost against the best constant shape.
+    """
+    costs = [[1.0 + (0.1 + row * width) * n for n in range(17)] for width in AUTO_WIDTHS]
+
+    def speed(width: int, length: int) -> float:
+        place = AUTO_WIDTHS.index(width)
+        return sum(rates[place] ** depth for depth in range(length + 1)) / costs[place][length]
+
+    for seed in range(4):
+        pace, rng = WidthPace(costs), random.Random(seed)
+        chosen, tokens, cost = [], 0.0, 0.0
+        for _ in range(400):
+            width, length = pace.width, pace.length
+            place = AUTO_WIDTHS.index(width)
+            accepted = 0
+            while accepted < length and rng.random() < rates[place]:
+                accepted += 1
+            chosen.append(width)
+            tokens += speed(width, length) * costs[place][length]
+            cost += costs[place][length]
+            pace.observe(accepted, length)
+        ideal = max(speed(width, length) for width in AUTO_WIDTHS for length in range(1, 17))
+        assert tokens / cost > 0.92 * ideal
+        assert statistics.mode(chosen) in good
+
+
+def test_costs_of_other_widths_are_refused() -> None:
+    for costs in ([1.0, 1.2, 1.3, 1.4], [[1.0, 1.2]]):
+        with pytest.raises(ConfigError, match="iteration_costs"):
+            WidthPace(costs)
+    assert WidthPace().width in AUTO_WIDTHS

@@ -163,7 +163,7 @@ def rows(
     quality = {
         row.setting: row
         for row in acceptance.rows(
-            pooled, list(found), costs=costs, beam_width=config.beam_width, times=times, seed=seed
+            pooled, list(found), costs=costs, beam_width=config.width, times=times, seed=seed
         )
     }
     plain = found.get(Setting(_PLAIN), {})
@@ -332,10 +332,10 @@ def _trees(config: DecodeConfig) -> Sequence[tuple[int, ...]]:
 def passes_of(settings: Sequence[Setting], config: DecodeConfig) -> set[Pass]:
     """The passes whose costs the predictions are made of."""
     fixed = [one for setting in settings for one in fixed_lengths(setting)]
-    found = needed_passes(fixed, config.beam_width)
+    found = needed_passes(fixed, config.width)
     if any(setting.method == "specinfer" for setting in settings):
         for tree in _trees(config):
-            verification, drafting = tree_passes(tree, config.beam_width)
+            verification, drafting = tree_passes(tree, config.width)
             found |= {verification, *drafting}
     return found
 
@@ -360,7 +360,7 @@ def predict(
     """Tokens a pass × the cost of a one-token pass / the cost of verification and drafting.
 
     With γ or the tree "auto" the costs of an iteration are those of its mean verification. None
-    where iterations differ in what they draft in another way, and for transformers.
+    where iterations differ in what they draft in another way (W "auto"), and for transformers.
 
     Args:
         quality: the row.
@@ -368,9 +368,11 @@ def predict(
         costs: measured.
         rows: mean rows of a verification.
     """
+    setting = quality.setting
+    if config.beam_width == "auto" and setting.method in ("mtad", "mtad_tree"):
+        return None
     if quality.score is not None or costs is None or quality.block_efficiency is None:
         return quality.score
-    setting = quality.setting
     if setting.method == "specinfer":
         found = [_tree_point(tree, config, costs) for tree in _trees(config)]
     elif setting.num_draft_tokens == "auto":
@@ -390,8 +392,8 @@ def predict(
 
 def _point(setting: Setting, config: DecodeConfig, costs: Costs) -> tuple[float, float] | None:
     """Rows of the verification, and seconds of an iteration."""
-    passes = iteration_passes(setting, config.beam_width)
-    seconds = costs.pass_seconds(setting, config.beam_width)
+    passes = iteration_passes(setting, config.width)
+    seconds = costs.pass_seconds(setting, config.width)
     return None if passes is None or seconds is None else (float(passes[0][1]), seconds)
 
 
@@ -399,7 +401,7 @@ def _tree_point(
     tree: Sequence[int], config: DecodeConfig, costs: Costs
 ) -> tuple[float, float] | None:
     """The same of an iteration of `specinfer`."""
-    (kind, rows), later = tree_passes(tree, config.beam_width)
+    (kind, rows), later = tree_passes(tree, config.width)
     verifying = (costs.tree if kind == "tree" else costs.target).get(rows)
     steps = [costs.draft.get(width) for _, width in later]
     seconds = [verifying, costs.draft_first, *steps]
@@ -422,7 +424,7 @@ def draft_rows(setting: Setting, config: DecodeConfig) -> float | None:
             return None
         return statistics.fmean([1, *itertools.accumulate(config.k_config[:-1], operator.mul)])
     gamma = setting.num_draft_tokens
-    passes = iteration_passes(setting, config.beam_width)
+    passes = iteration_passes(setting, config.width)
     if passes is None or not isinstance(gamma, int):
         return 1.0 if setting.method in ("speculative", "typical", "bild") else None
     return (1 + (gamma - 1) * passes[1][1]) / gamma

@@ -39,7 +39,7 @@ def decode(
 ) -> Iterator[Decision]:
     """See `mtad.decoders.Decoder`; the draft is not used."""
     state = State.begin(target, None, prompt_ids, config, generator, eos_token_ids)
-    width = config.beam_width
+    width = config.width
     passes = target.passes
     positions = target.positions
     beams = Beams.root(target.device)

@@ -164,7 +164,7 @@ def grow_beams(
         is_eos: which tokens end a sequence.
         record: see `Beams.grow`.
     """
-    width, waiting = config.beam_width, pending.shape[0]
+    width, waiting = config.width, pending.shape[0]
     logits = next_logits(pending, None)[-1:]
     history = [
         Beams.root(pending.device).grow(logits, width, config, generator, is_eos, record=record)

@@ -16,19 +16,19 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from mtad.config import DecodeConfig
+from mtad.config import DEFAULT_WIDTH, DecodeConfig
 from mtad.decoders.beams import grow_beams
 from mtad.draft import BlockDrafter, Drafter
 from mtad.errors import PairError
 from mtad.histories import Histories
 from mtad.lm import CachedLM
 from mtad.logits import Logits, wide
-from mtad.pace import Pace
+from mtad.pace import Pace, WidthPace
 from mtad.sampling import narrows, token_logprobs, top_alternatives, uniforms
 from mtad.trace import Alternative, Decision, DraftTree, FinalKind
 
@@ -127,6 +127,7 @@ class State:
         draft: its cache holds everything but the tokens in `draft_pending`; None without one.
         block_draft: the same, if it can draft whole blocks.
         config: resolved.
+        search: the same with the W of the next block.
         rule_config: the same without what no rule reads, such as the seed.
         generator: makes every random choice, on the target's device.
         eos_ids: end-of-sequence tokens; empty with `ignore_eos`.
@@ -136,7 +137,7 @@ class State:
         remaining: tokens that may still be emitted.
         ended: True after an end-of-sequence.
         draft_length: γ of the next iteration, before it is cut to what remains.
-        pace: chooses it with num_draft_tokens="auto"; None otherwise.
+        pace: chooses it with num_draft_tokens="auto", and W with beam_width="auto"; else None.
         draft_passes: of the present iteration.
         hidden: [1 + N, F·H] what the draft wants to know of the last verification pass; None if
             it reads no hidden states.
@@ -145,6 +146,7 @@ class State:
     target: CachedLM
     draft: Drafter | None
     config: DecodeConfig
+    search: DecodeConfig
     rule_config: DecodeConfig
     generator: torch.Generator
     eos_ids: frozenset[int]
@@ -155,7 +157,7 @@ class State:
     ended: bool = False
     block_draft: BlockDrafter | None = None
     draft_length: int = 4
-    pace: Pace | None = None
+    pace: Pace | WidthPace | None = None
     draft_passes: int = 0
     hidden: Tensor | None = None
 
@@ -167,10 +169,13 @@ class State:
         config: DecodeConfig,
         generator: torch.Generator,
         eos_token_ids: Sequence[int],
+        *,
+        adapts: bool = True,
     ) -> State:
         """Prefills both caches with all of the prompt but its last token, which is pending.
 
-        What the target's cache holds of the prompt already, it keeps.
+        What the target's cache holds of the prompt already, it keeps. `adapts` is False where
+        what "auto" means is the decoder's own business.
         """
         eos_ids = frozenset(() if config.ignore_eos else eos_token_ids)
         prompt = torch.tensor(prompt_ids, dtype=torch.int64, device=target.device)
@@ -178,14 +183,15 @@ class State:
         hidden = target.prefill(prompt[target.length : -1], layers)
         if draft is not None:
             draft.prefill(prompt[:-1], hidden)
-        length = config.num_draft_tokens
-        pace = Pace(config.iteration_costs) if length == "auto" and draft is not None else None
-        if pace is not None:
-            length = pace.length
-        return State(
+        length, pace = config.num_draft_tokens, None
+        if length == "auto" and draft is not None and adapts:
+            costs: Any = config.iteration_costs
+            pace = WidthPace(costs) if config.beam_width == "auto" else Pace(costs)
+        state = State(
             target=target,
             draft=draft,
             config=config,
+            search=dataclasses.replace(config, beam_width=config.width, iteration_costs=None),
             rule_config=_for_rules(config),
             generator=generator,
             eos_ids=eos_ids,
@@ -197,11 +203,21 @@ class State:
             draft_length=length if isinstance(length, int) else 4,
             pace=pace,
         )
+        state.follow_pace()
+        return state
 
     @property
     def running(self) -> bool:
         """False once an end-of-sequence or the last allowed token was emitted."""
         return self.remaining > 0 and not self.ended
+
+    def follow_pace(self) -> None:
+        """The shape of the next block."""
+        pace = self.pace
+        if pace is not None:
+            self.draft_length = pace.length
+        if isinstance(pace, WidthPace) and pace.width != self.search.width:
+            self.search = dataclasses.replace(self.search, beam_width=pace.width)
 
     def block_length(self) -> int:
         """γ for the next block: near the end it leaves room for the token after the block."""
@@ -229,7 +245,7 @@ class State:
 
         At once where the draft can, see `BlockDrafter.draft_beams`; else step by step.
         """
-        config, first = self.config, self.draft_logits(self.draft_pending)[-1:]
+        config, first = self.search, self.draft_logits(self.draft_pending)[-1:]
         if self.block_draft is not None and narrows(first, config):
             chance = functools.partial(uniforms, self.generator)
             found = self.block_draft.draft_beams(first, config, steps, chance, self.eos)
@@ -323,7 +339,7 @@ class State:
         self._advance(proposal, found.path, len(accepted_path), found.final_token)
         if self.pace is not None and tree.depth:
             self.pace.observe(len(accepted_path), tree.depth)
-            self.draft_length = self.pace.length
+            self.follow_pace()
         self.remaining -= len(new_tokens)
         self.ended = new_tokens[-1] in self.eos_ids
         draft_passes, self.draft_passes = self.draft_passes, 0
@@ -383,6 +399,7 @@ def _for_rules(config: DecodeConfig) -> DecodeConfig:
         config,
         max_new_tokens=1,
         num_draft_tokens=None,
+        beam_width=DEFAULT_WIDTH,
         iteration_costs=None,
         seed=0,
         stop=(),

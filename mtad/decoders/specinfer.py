@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +33,11 @@ def decode(
     eos_token_ids: Sequence[int] = (),
 ) -> Iterator[Decision]:
     """See `mtad.decoders.Decoder`."""
-    state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids)
+    state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids, adapts=False)
     shape, pace = config.k_config, None
     if not isinstance(shape, tuple):
-        pace = TreePace(config.iteration_costs)
+        costs: Any = config.iteration_costs
+        pace = TreePace(costs)
         shape = pace.tree
     while state.running:
         candidates = draw_tree(state, shape[: state.remaining - 1])

@@ -120,7 +120,7 @@ class NativeDrafter:
         """See `BlockDrafter.draft_beams`."""
         if not self._draws(config):
             return None
-        width, choices = config.beam_width, config.top_k
+        width, choices = config.width, config.top_k
         block, _held = self._block(logits, config, steps, width)
         candidates = width * choices
         uniform = chance(max(choices, width) + (steps - 1) * candidates)

@@ -45,7 +45,7 @@ def compare_endpoint(
         methods: list[str] = ["autoregressive", "speculative", "mtad"],  # noqa: B006
         max_new_tokens: int = 96,
         num_draft_tokens: int | str | None = "auto",
-        beam_width: int = 4,
+        beam_width: int | str = 4,
         accept_threshold: float = DecodeConfig.accept_threshold,
         temperature: float = 1.0,
         top_k: int = 10,
@@ -64,7 +64,8 @@ def compare_endpoint(
             methods: 2 to 4 ids of decoding methods, such as "autoregressive" and "mtad".
             max_new_tokens: most tokens of an answer.
             num_draft_tokens: the draft's length, "auto", or null for each method's own.
-            beam_width: beams of the draft's search, or of beam sampling.
+            beam_width: beams of the draft's search, or of beam sampling; "auto" with
+                num_draft_tokens "auto".
             accept_threshold: τ, greater than 0; MTAD accepts while joint p/q is above it.
             temperature: 0 always takes the most probable token.
             top_k: keeps the k most probable tokens; 0 keeps all.
@@ -121,7 +122,7 @@ def generate_endpoint(
         method: str = "mtad",
         max_new_tokens: int = 128,
         num_draft_tokens: int | str | None = "auto",
-        beam_width: int = 4,
+        beam_width: int | str = 4,
         accept_threshold: float = DecodeConfig.accept_threshold,
         temperature: float = 1.0,
         top_k: int = 10,
@@ -157,7 +158,8 @@ def generate_endpoint(
             method: the id of a decoding method, such as "mtad".
             max_new_tokens: most tokens of the answer.
             num_draft_tokens: the draft's length, "auto", or null for the method's own.
-            beam_width: beams of the draft's search, or of the target's.
+            beam_width: beams of the draft's search, or of the target's; "auto" with
+                num_draft_tokens "auto".
             accept_threshold: τ, greater than 0; MTAD accepts while joint p/q is above it.
             temperature: 0 always takes the most probable token.
             top_k: keeps the k most probable tokens; 0 keeps all.
@@ -182,7 +184,7 @@ def generate_endpoint(
             config = DecodeConfig(
                 max_new_tokens=max_new_tokens,
                 num_draft_tokens=num_draft_tokens,  # type: ignore[arg-type]
-                beam_width=beam_width,
+                beam_width=beam_width,  # type: ignore[arg-type]
                 accept_threshold=accept_threshold,
                 temperature=temperature,
                 top_k=top_k,

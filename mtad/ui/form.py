@@ -66,9 +66,10 @@ FIELDS = (
     Field(
         "beam_width",
         "beam_width (W)",
-        "Beams of the draft's search (MTAD), or of the target's.",
-        "whole",
-        4,
+        "Beams of the draft's search; auto takes what costs no speed.",
+        "choice",
+        "4",
+        choices=("auto", *(str(k) for k in (*range(1, 17), 24, 32, 48, 64))),
     ),
     Field(
         "accept_threshold",
@@ -180,7 +181,7 @@ def request_of(prompt: Any, method_ids: Any, values: Mapping[str, Any]) -> Reque
 
 def parameter(field: Field, value: Any) -> Any:
     """The value for `DecodeConfig`; what makes no sense is left for it to refuse by name."""
-    if field.name == "num_draft_tokens":
+    if field.name in ("num_draft_tokens", "beam_width"):
         text = str(value).strip() if value is not None else ""
         if text in ("", OWN_LENGTH):
             return None
