@@ -61,41 +61,45 @@ class Pace:
         # By depth: how often it was offered below accepted tokens, and accepted as well.
         self._tried = [0.0] * depths
         self._passed = [0.0] * depths
-        self.length, self.rate = self._best()
+        self.choose()
 
     def observe(self, accepted: int, offered: int) -> None:
         """Takes in an iteration in which `accepted` of `offered` draft tokens were accepted."""
-        self.fade()
+        self.note(accepted, offered)
+        self.choose()
+
+    def note(self, accepted: int, offered: int) -> None:
+        """Takes it in without a new choice; nothing offered means one that was another's."""
+        self._tried = [count * _FADE for count in self._tried]
+        self._passed = [count * _FADE for count in self._passed]
         for depth in range(min(offered, accepted + 1, len(self._tried))):
             self._tried[depth] += 1.0
             self._passed[depth] += float(depth < accepted)
-        self.length, self.rate = self._best()
 
-    def fade(self) -> None:
-        """Takes in that an iteration went by."""
-        self._tried = [count * _FADE for count in self._tried]
-        self._passed = [count * _FADE for count in self._passed]
-        self.length, self.rate = self._best()
+    def choose(self, guess: float = _FIRST_RATE) -> float:
+        """Sets `length` and `rate`; gives the rate at which tokens of any depth are accepted.
 
-    def _best(self) -> tuple[int, float]:
-        mean = (sum(self._passed) + _PRIOR * _FIRST_RATE) / (sum(self._tried) + _PRIOR)
+        `guess` is that rate as it is expected before anything was observed.
+        """
+        mean = (sum(self._passed) + _PRIOR * guess) / (sum(self._tried) + _PRIOR)
         survives, expected = 1.0, 1.0
-        best, best_rate = 1, 0.0
+        self.length, self.rate = 1, 0.0
         for depth, cost in enumerate(self._costs[1:]):
             # Depths that were seldom reached take over the mean of all.
             rate = (self._passed[depth] + _PRIOR * mean) / (self._tried[depth] + _PRIOR)
             survives *= rate
             expected += survives
-            if expected / cost > best_rate:
-                best, best_rate = depth + 1, expected / cost
-        return best, best_rate
+            if expected / cost > self.rate:
+                self.length, self.rate = depth + 1, expected / cost
+        return mean
 
 
 class WidthPace:
     """Chooses γ and W for `beam_width="auto"`: the widest search that costs next to no speed.
 
-    Each width has a `Pace` of its own, which forgets while it rests: so a width is tried as long
-    as, and again when, its first guess promises enough.
+    Each width has a `Pace` of its own, which forgets while it rests. It is guessed to pass as many
+    tokens as the next wider one: so a narrower search is tried where it is so much cheaper that it
+    might be worth it, and tried again some time later.
 
     Attributes:
         width: W of the next iteration: one of `AUTO_WIDTHS`.
@@ -121,13 +125,13 @@ class WidthPace:
     def observe(self, accepted: int, offered: int) -> None:
         """Takes in an iteration with the present width, see `Pace.observe`."""
         for width, pace in self._paces.items():
-            if width == self.width:
-                pace.observe(accepted, offered)
-            else:
-                pace.fade()
+            pace.note(accepted, offered if width == self.width else 0)
         self._choose()
 
     def _choose(self) -> None:
+        guess = _FIRST_RATE
+        for pace in reversed(self._paces.values()):
+            guess = pace.choose(guess)
         enough = _WORTH * max(pace.rate for pace in self._paces.values())
         self.width = max(width for width, pace in self._paces.items() if pace.rate >= enough)
         self.length = self._paces[self.width].length

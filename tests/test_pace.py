@@ -138,7 +138,7 @@ def test_the_width_is_one_that_costs_next_to_no_speed(
 ) -> None:
     """`rates` are those at which a token of each width passes. Seeded.
 
-    From the first iteration on at most 8 % are lost against the best constant shape.
+    From the first iteration on at most 10 % are lost against the best constant shape.
     """
     costs = [[1.0 + (0.1 + row * width) * n for n in range(17)] for width in AUTO_WIDTHS]
 
@@ -160,7 +160,7 @@ def test_the_width_is_one_that_costs_next_to_no_speed(
             cost += costs[place][length]
             pace.observe(accepted, length)
         ideal = max(speed(width, length) for width in AUTO_WIDTHS for length in range(1, 17))
-        assert tokens / cost > 0.92 * ideal
+        assert tokens / cost > 0.9 * ideal
         assert statistics.mode(chosen) in good
 
 
