@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -87,7 +87,7 @@ class NarrowDrafter:
         steps: int,
         chance: Callable[[int], Tensor],
         ends: Tensor,
-    ) -> list[Histories] | None:
+    ) -> Sequence[Histories] | None:
         """See `BlockDrafter`: what the drafter says."""
         if not isinstance(self._drafter, BlockDrafter):
             return None

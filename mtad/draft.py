@@ -7,7 +7,7 @@ log q as logits, unwarped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -108,7 +108,7 @@ class BlockDrafter(Protocol):
         steps: int,
         chance: Callable[[int], Tensor],
         ends: Tensor,
-    ) -> list[Histories] | None:
+    ) -> Sequence[Histories] | None:
         """Beam sampling for some steps, see `mtad.decoders.beams.grow_beams`.
 
         Args:
@@ -228,7 +228,7 @@ class RecordedDrafter:
         steps: int,
         chance: Callable[[int], Tensor],
         ends: Tensor,
-    ) -> list[Histories] | None:
+    ) -> Sequence[Histories] | None:
         """See `BlockDrafter`; recorded as "draft"."""
         if not self._drafts_blocks:
             return None

@@ -29,7 +29,7 @@ def running_sums(logprobs: Tensor) -> Tensor:
     a recomputation from a trace gives the same bits on every device.
     """
     if logprobs.device.type == "cpu":
-        return wide(logprobs).cumsum(-1)
+        return logprobs.cumsum(-1, dtype=torch.float64)
     columns = wide(logprobs).unbind(-1)
     sums = [torch.zeros_like(columns[0])] if columns else []
     for column in columns:
@@ -46,8 +46,8 @@ def joint_log_ratios(
 
 
 def joint_accept_lengths(
-    target_logprobs: Tensor,  # [B, γ]
-    draft_logprobs: Tensor,  # [B, γ]
+    target_logprobs: Tensor,  # [..., γ]
+    draft_logprobs: Tensor,  # [..., γ]
     threshold: float,
 ) -> Tensor:
     """MTAD's rule: the *longest* prefix whose joint ratio p/q exceeds the threshold.
@@ -62,21 +62,22 @@ def joint_accept_lengths(
         threshold: τ, finite and > 0.
 
     Returns:
-        [B] int64, each from 0 to γ.
+        [...] int64, each from 0 to γ.
 
     Raises:
         ConfigError: τ is not finite and positive, or the shapes differ.
     """
     log_threshold = _log_threshold(threshold)
-    if target_logprobs.shape != draft_logprobs.shape or target_logprobs.ndim != 2:
+    if target_logprobs.shape != draft_logprobs.shape or not target_logprobs.ndim:
         raise ConfigError(
             f"target_logprobs has shape {tuple(target_logprobs.shape)} and draft_logprobs"
-            f" {tuple(draft_logprobs.shape)}, but both must be the same [B, γ]."
+            f" {tuple(draft_logprobs.shape)}, but both must be the same [..., γ]."
         )
     passes = joint_log_ratios(target_logprobs, draft_logprobs) > log_threshold
     depths = torch.arange(1, passes.shape[-1] + 1, device=passes.device)
-    padded = torch.nn.functional.pad(depths * passes, (1, 0))
-    return padded.amax(-1)
+    if not depths.shape[0]:
+        return depths.new_zeros(passes.shape[:-1])
+    return (depths * passes).amax(-1)
 
 
 def joint_accept_length(
@@ -85,8 +86,8 @@ def joint_accept_length(
     threshold: float,
 ) -> int:
     """`joint_accept_lengths` for one block of γ tokens, read back as an int."""
-    target = torch.as_tensor(target_logprobs, dtype=torch.float64).view(1, -1)
-    draft = torch.as_tensor(draft_logprobs, dtype=torch.float64).view(1, -1)
+    target = torch.as_tensor(target_logprobs, dtype=torch.float64).flatten()
+    draft = torch.as_tensor(draft_logprobs, dtype=torch.float64).flatten()
     return int(joint_accept_lengths(target, draft, threshold).item())
 
 

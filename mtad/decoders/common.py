@@ -360,14 +360,13 @@ class State:
         self, proposal: Proposal, path: Tensor, accepted: int, final_token: Tensor
     ) -> None:
         """Commits the accepted path in both caches and sets what is pending in each."""
+        accepted_path = path[:accepted]
         if proposal.chain:
             # A path along a chain is its begin.
-            accepted_path = path[:accepted]
             self.target.keep(1 + accepted)
             tokens = proposal.token_ids[:accepted]
             hidden = None if self.hidden is None else self.hidden[: 1 + accepted]
         else:
-            accepted_path = path[:accepted]
             rows = torch.cat([path.new_zeros(1), accepted_path + 1])
             self.target.keep(rows)
             tokens = proposal.token_ids.index_select(0, accepted_path)
@@ -390,7 +389,9 @@ class State:
             fed = torch.arange(waiting, device=path.device)
             self.draft.keep(torch.cat([fed, waiting + nodes]), hidden)
         # After a whole block the draft is one token short: it never read the last one.
-        self.draft_pending = torch.cat([tokens[cached:], self.pending])
+        self.draft_pending = self.pending
+        if accepted > cached:
+            self.draft_pending = torch.cat([tokens[cached:], self.pending])
 
 
 def _for_rules(config: DecodeConfig) -> DecodeConfig:
@@ -502,8 +503,8 @@ def unpack(packed: _Packed) -> dict[str, list[float]]:
     host: dict[str, list[float]] = defaultdict(list)
     if isinstance(packed, dict):
         for name, column in packed.items():
-            if column.numel():
-                host[name] = column.flatten().tolist()
+            flat = column if column.dim() == 1 else column.flatten()
+            host[name] = flat.tolist()
         return host
     sizes, together = packed
     values: list[float] = together.tolist()

@@ -46,11 +46,7 @@ def longest_prefix(
     target_logprobs = scored.rows(0, length).logprob_of(block.token_ids)
     # Padding after an end-of-sequence is never accepted.
     target_logprobs = torch.where(block.real, target_logprobs, -torch.inf)
-    accepted = joint_accept_lengths(
-        target_logprobs.unsqueeze(0),
-        block.draft_logprobs.unsqueeze(0),
-        config.accept_threshold,
-    )[0]
+    accepted = joint_accept_lengths(target_logprobs, block.draft_logprobs, config.accept_threshold)
     warped = scored if config.temperature > 0.0 else warp(logits, config)
     return Verdict(
         target_logprobs,
@@ -68,9 +64,9 @@ def draft_block(state: State, length: int) -> Proposal:
     beams = state.draft_beams(length)[-1]
     best = beams.best()
     return Proposal.block(
-        beams.token_ids[best][0],
-        beams.logprobs[best][0],
+        beams.token_ids.index_select(0, best)[0],
+        beams.logprobs.index_select(0, best)[0],
         cached_depth=length - 1,
-        real=beams.real[best][0],
-        draft_nodes=beams.nodes[best][0],
+        real=beams.real.index_select(0, best)[0],
+        draft_nodes=beams.nodes.index_select(0, best)[0],
     )

@@ -7,7 +7,8 @@ kernels read them, and every number that says how far something has got is the h
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -86,9 +87,11 @@ class NativeDrafter:
         else:
             # A chain is read at once as far as the target's states reach, then one by one.
             known = 0 if self._entries else self._states.shape[0] - self._unread
-            parts = [token_ids[:known], *token_ids[known:].unsqueeze(1)]
-            found = [self._read(part, None) for part in parts if part.shape[0]]
-            logits = found[0] if len(found) == 1 else torch.cat(found)
+            if token_ids.shape[0] <= max(known, 1):
+                logits = self._read(token_ids, None)
+            else:
+                parts = [token_ids[:known], *token_ids[known:].unsqueeze(1)]
+                logits = torch.cat([self._read(part, None) for part in parts if part.shape[0]])
         values = logits[:, : self._books.columns]
         return Logits(values, self._proposed.columns, search=NATIVE_SEARCH)
 
@@ -116,7 +119,7 @@ class NativeDrafter:
         steps: int,
         chance: Callable[[int], Tensor],
         ends: Tensor,
-    ) -> list[Histories] | None:
+    ) -> Results | None:
         """See `BlockDrafter.draft_beams`."""
         if not self._draws(config):
             return None
@@ -139,7 +142,7 @@ class NativeDrafter:
             ),
         )
         self._entries += (steps - 1) * width
-        return results.histories()
+        return results
 
     def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         """See `Drafter.keep`."""
@@ -195,9 +198,9 @@ class NativeDrafter:
                 "This draft reads the target's hidden states, and was given none. Hand the states"
                 " of its target_layers to prefill and keep."
             )
-        starts = range(0, target_hidden.shape[0], _CHUNK_TOKENS)
-        parts = (target_hidden[start : start + _CHUNK_TOKENS] for start in starts)
-        read = [self._native.read_target(part) for part in parts]
+        read = [
+            self._native.read_target(part) for part in torch.split(target_hidden, _CHUNK_TOKENS)
+        ]
         self._states = torch.cat([self._states, *read])
 
     def _append(self, token_ids: Tensor) -> None:
@@ -341,8 +344,11 @@ class NativeDrafter:
         books.given, books.tails = self._given.data_ptr(), self._tails.data_ptr()
 
 
-class Results:
-    """The histories of all steps of a beam search, one after the other in a few tensors."""
+class Results(Sequence[Histories]):
+    """The histories after each step of a beam search, one after the other in a few tensors.
+
+    A view of one is made when it is asked for.
+    """
 
     def __init__(self, steps: int, width: int) -> None:
         self._steps, self._width = steps, width
@@ -354,16 +360,24 @@ class Results:
         """Where they are written, in the order of `abi.HISTORIES`."""
         return [self._tensors[name].data_ptr() for name in abi.HISTORIES]
 
-    def histories(self) -> list[Histories]:
-        """After each step."""
-        found, width, wide = [], self._width, 0
-        for step in range(1, self._steps + 1):
-            end = wide + width * step
-            own = {name: self._tensors[name][wide:end].view(width, step) for name in _WIDE}
-            flat = slice(width * (step - 1), width * step)
-            found.append(Histories(**own, **{name: self._tensors[name][flat] for name in _FLAT}))
-            wide = end
-        return found
+    def __len__(self) -> int:
+        return self._steps
+
+    @overload
+    def __getitem__(self, step: int) -> Histories: ...
+
+    @overload
+    def __getitem__(self, step: slice) -> list[Histories]: ...
+
+    def __getitem__(self, step: int | slice) -> Histories | list[Histories]:
+        if isinstance(step, slice):
+            return [self[each] for each in range(self._steps)[step]]
+        before, width = range(self._steps)[step], self._width
+        steps, flat = before + 1, slice(width * before, width * (before + 1))
+        start = width * before * steps // 2
+        wide = slice(start, start + width * steps)
+        own = {name: self._tensors[name][wide].view(width, steps) for name in _WIDE}
+        return Histories(**own, **{name: self._tensors[name][flat] for name in _FLAT})
 
 
 _KINDS = {
