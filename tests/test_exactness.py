@@ -85,9 +85,6 @@ class LazyColumn:
         count = len(range(self.count)[index]) if isinstance(index, slice) else 1
         return LazyColumn(self.branches, count)
 
-    def numel(self) -> int:
-        return self.count
-
     def flatten(self) -> Tensor:
         """What goes into the trace; nobody reads it here."""
         return torch.zeros(self.count)

@@ -503,8 +503,7 @@ def unpack(packed: _Packed) -> dict[str, list[float]]:
     host: dict[str, list[float]] = defaultdict(list)
     if isinstance(packed, dict):
         for name, column in packed.items():
-            flat = column if column.dim() == 1 else column.flatten()
-            host[name] = flat.tolist()
+            host[name] = column.flatten().tolist()
         return host
     sizes, together = packed
     values: list[float] = together.tolist()
