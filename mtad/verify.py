@@ -188,26 +188,28 @@ def multi_candidate(
         Index of the accepted candidate or None; what the next token is drawn from if none was
         accepted; the ratio p/q of each test that was made.
     """
-    mass = wide(target.logprobs).exp()
-    draft_dense = wide(draft.dense()).exp()
+    mass, draft_mass = wide(target.logprobs).exp(), wide(draft.logprobs).exp()
+    on_support = draft.mass_of(target.token_ids)  # q of the tokens that p is about
     ratios: list[float] = []
     for index, (token, uniform) in enumerate(zip(candidates, uniforms, strict=True)):
-        draft_on_support = draft_dense[target.token_ids]
-        target_probability = float(mass[target.token_ids == token].sum())
-        draft_probability = float(draft_dense[token])
+        here = target.token_ids == token
+        target_probability = float(mass[here].sum())
+        draft_probability = float(draft_mass[draft.token_ids == token].sum())
         ratio = target_probability / draft_probability if draft_probability > 0.0 else 0.0
         ratios.append(ratio)
         if uniform < ratio:
-            return index, Warped(target.token_ids, mass.log(), target.vocab_size), ratios
-        left = (mass - draft_on_support).clamp_min(0.0)
-        if float(left.sum()) > 0.0:
-            mass = left / left.sum()
+            return index, target.with_(target.token_ids, mass.log()), ratios
+        left = (mass - on_support).clamp_min(0.0)
+        total = float(left.sum())
+        if total > 0.0:
+            mass = left / total
         if not replacement:
-            draft_dense[token] = 0.0
-            total = float(draft_dense.sum())
+            draft_mass = draft_mass.masked_fill(draft.token_ids == token, 0.0)
+            on_support = on_support.masked_fill(here, 0.0)
+            total = float(draft_mass.sum())
             if total > 0.0:
-                draft_dense = draft_dense / total
-    return None, Warped(target.token_ids, mass.log(), target.vocab_size), ratios
+                draft_mass, on_support = draft_mass / total, on_support / total
+    return None, target.with_(target.token_ids, mass.log()), ratios
 
 
 def _log_threshold(threshold: float) -> float:

@@ -157,6 +157,7 @@ def target_law(target: TableLM, length: int, config: DecodeConfig) -> dict[tuple
         ("specinfer", {"k_config": (2, 1), "replacement": False}),
         ("specinfer", {"k_config": (3, 1), "replacement": False}),
         ("specinfer", {"k_config": (1, 2), "replacement": True}),
+        ("specinfer", {"k_config": (1, 1), "replacement": True}),
     ],
 )
 def test_the_joint_law_of_the_next_tokens_is_the_targets(
@@ -169,7 +170,8 @@ def test_the_joint_law_of_the_next_tokens_is_the_targets(
     config = DecodeConfig(max_new_tokens=3, **parameters, **filters)
     target, draft = TableLM(VOCAB, seed=1), TableLM(VOCAB, seed=2)
     branches = Branches()
-    enumerating(branches, {"speculative": speculative, "specinfer": specinfer}[method], monkeypatch)
+    for module in (speculative, specinfer):  # whose lines are blocks of the first
+        enumerating(branches, module, monkeypatch)
 
     def program() -> tuple[int, ...]:
         models = target.fresh(), draft.fresh()

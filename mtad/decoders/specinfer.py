@@ -6,6 +6,7 @@ have exactly the distribution of sampling the target, with and without replaceme
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mtad.config import DecodeConfig
 from mtad.decoders.common import Proposal, State, Verdict
+from mtad.decoders.speculative import draft_block
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.pace import TreePace
@@ -86,13 +88,15 @@ def draw_tree(state: State, shape: Sequence[int]) -> Candidates:
 
     With replacement the children are independent draws, so that a token may occur twice;
     without, they are distinct and fewer where the support ends. At temperature 0 they are the
-    most probable tokens of the unfiltered q.
+    most probable tokens of the unfiltered q. A tree without branches is a block of `speculative`.
     """
     depth = len(shape)
     if depth == 0:
         return Candidates(Proposal.nothing(state.target.device), None)
     config, waiting = state.config, state.draft_pending.shape[0]
     greedy = config.temperature == 0.0
+    if config.replacement and not greedy and max(shape) == 1:
+        return Candidates(*draft_block(state, depth))
     logits = state.draft_logits(state.draft_pending)[-1:]
     token_ids: list[Tensor] = []
     parents: list[Tensor] = []
@@ -185,17 +189,26 @@ def walk_down(
     token_ids, parents = tree.token_ids.tolist(), tree.parents.tolist()
     real = tree.real.tolist()
     uniform = chance.tolist()
-    rows = Warped(target_rows.token_ids.cpu(), target_rows.logprobs.cpu(), target_rows.vocab_size)
-    scores = torch.full((len(token_ids),), torch.nan, dtype=torch.float64)
-    thresholds = scores.clone()
+    rows, drafted = (
+        None if of is None else Warped(of.token_ids.cpu(), of.logprobs.cpu(), of.vocab_size)
+        for of in (target_rows, candidates.draft_rows)
+    )
+    assert rows is not None
+    scores = [math.nan] * len(token_ids)
+    thresholds = list(scores)
+
+    def walk(final: Warped) -> Walk:
+        measured = torch.tensor([scores, thresholds], dtype=torch.float64)
+        return Walk(path, final, measured[0], measured[1], tests)
+
     path: list[int] = []
     tests: list[tuple[int, bool]] = []
     node = -1
     while True:
-        target = rows.row(torch.tensor(node + 1))
+        target = rows.with_(rows.token_ids[node + 1], rows.logprobs[node + 1])
         children = [i for i, parent in enumerate(parents) if parent == node and real[i]]
-        if not children or candidates.draft_rows is None:
-            return Walk(path, target, scores, thresholds, tests)
+        if not children or drafted is None:
+            return walk(target)
         tokens = [token_ids[child] for child in children]
         if config.temperature == 0.0:
             best = int(target.token_ids[0])
@@ -206,18 +219,14 @@ def walk_down(
             ratios = ratios if accepted is None else ratios[: accepted + 1]
         else:
             chances = [uniform[child] for child in children]
-            draft = candidates.draft_rows.row(
-                torch.tensor(node + 1, device=candidates.draft_rows.token_ids.device)
-            )
-            draft = Warped(draft.token_ids.cpu(), draft.logprobs.cpu(), draft.vocab_size)
+            draft = drafted.with_(drafted.token_ids[node + 1], drafted.logprobs[node + 1])
             accepted, final, ratios = multi_candidate(
                 target, draft, tokens, chances, config.replacement
             )
         tests.append((len(ratios), accepted is not None))
-        tested = children[: len(ratios)]
-        scores[tested] = torch.tensor(ratios, dtype=torch.float64)
-        thresholds[tested] = torch.tensor(chances[: len(ratios)], dtype=torch.float64)
+        for child, ratio, threshold in zip(children, ratios, chances, strict=False):
+            scores[child], thresholds[child] = ratio, threshold
         if accepted is None:
-            return Walk(path, final, scores, thresholds, tests)
+            return walk(final)
         node = children[accepted]
         path.append(node)
