@@ -80,6 +80,9 @@ class Search(Protocol):
         mass does not rise there.
         """
 
+    def draw_row(self, logprobs: Tensor, token_ids: Tensor, row: Tensor, uniform: Tensor) -> Tensor:
+        """`draw` from one of [rows, K], which a tensor of one element names → [] its token."""
+
     def pick(self, logprobs: Tensor, token_ids: Tensor, tokens: Tensor) -> Tensor:
         """[..., K] log-probabilities and tokens, [...] tokens → [...] theirs, −∞ without."""
 
@@ -175,6 +178,12 @@ class TorchSearch:
         level = (uniform.to(mass.dtype) * mass[..., -1]).unsqueeze(-1)
         index = torch.searchsorted(mass, level, right=True).clamp_max(mass.shape[-1] - 1)
         return token_ids.gather(-1, index).squeeze(-1)
+
+    def draw_row(self, logprobs: Tensor, token_ids: Tensor, row: Tensor, uniform: Tensor) -> Tensor:
+        """See `Search.draw_row`."""
+        row = row.view(1)
+        picked = logprobs.index_select(0, row), token_ids.index_select(0, row)
+        return self.draw(*picked, uniform.view(1))[0]
 
     def pick(self, logprobs: Tensor, token_ids: Tensor, tokens: Tensor) -> Tensor:
         """See `Search.pick`."""

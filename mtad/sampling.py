@@ -141,6 +141,12 @@ def draw(distribution: Warped, uniform: Tensor) -> Tensor:
     return distribution.search.draw(distribution.logprobs, distribution.token_ids, uniform)
 
 
+def draw_row(distribution: Warped, row: Tensor, uniform: Tensor) -> Tensor:
+    """A token [] from a row of a [rows, K] distribution, see `Search.draw_row` (no host read)."""
+    of = distribution
+    return of.search.draw_row(of.logprobs, of.token_ids, row, uniform)
+
+
 def draw_distinct(logprobs: Tensor, uniform: Tensor, count: int) -> Tensor:
     """`count` distinct indices drawn one after another with probability ∝ exp(logprobs).
 

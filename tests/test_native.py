@@ -306,6 +306,10 @@ def test_draws_and_picks_are_those_of_torch() -> None:
     for uniform in (*torch.rand(50, 6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)):
         drawn = TORCH_SEARCH.draw(logprobs, token_ids, uniform)
         assert torch.equal(NATIVE_SEARCH.draw(logprobs, token_ids, uniform), drawn)
+        for row in range(logprobs.shape[0]):
+            of = logprobs, token_ids, torch.tensor(row), uniform[row]
+            assert torch.equal(NATIVE_SEARCH.draw_row(*of), drawn[row])
+            assert torch.equal(TORCH_SEARCH.draw_row(*of), drawn[row])
         wide = logprobs[3].double(), token_ids[3], uniform[3]
         assert torch.equal(NATIVE_SEARCH.draw(*wide), TORCH_SEARCH.draw(*wide))
         tokens = torch.where(uniform < 0.7, drawn, 99)

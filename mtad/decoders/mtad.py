@@ -16,7 +16,7 @@ from mtad.decoders.common import Proposal, State, Verdict
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.logits import Logits
-from mtad.sampling import draw, score, warp
+from mtad.sampling import draw_row, score, warp
 from mtad.trace import Decision
 from mtad.verify import joint_accept_lengths
 
@@ -52,7 +52,7 @@ def longest_prefix(
         target_logprobs,
         path=torch.arange(length, device=accepted.device),
         accepted=accepted,
-        final_token=draw(warped.row(accepted), chance[0]),
+        final_token=draw_row(warped, accepted, chance[0]),
         reference_logprobs=block.draft_logprobs,
     )
 

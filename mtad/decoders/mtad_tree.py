@@ -18,7 +18,7 @@ from mtad.decoders.common import Proposal, State, Verdict
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.logits import Logits
-from mtad.sampling import draw, score, warp
+from mtad.sampling import draw_row, score, warp
 from mtad.trace import Decision
 from mtad.verify import joint_tree_path
 
@@ -59,7 +59,7 @@ def deepest_node(
         target_logprobs,
         path=path,
         accepted=accepted,
-        final_token=draw(warp(logits, config).row(last_row), chance[0]),
+        final_token=draw_row(warp(logits, config), last_row, chance[0]),
         reference_logprobs=reference,
     )
 

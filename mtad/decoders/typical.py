@@ -17,7 +17,7 @@ from mtad.decoders.speculative import draft_block
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.logits import Logits, wide
-from mtad.sampling import draw, warp
+from mtad.sampling import draw_row, warp
 from mtad.trace import Decision
 from mtad.verify import leading_run, typical_thresholds
 
@@ -50,7 +50,7 @@ def while_typical(config: DecodeConfig, block: Proposal, logits: Logits, chance:
         target_logprobs,
         path=torch.arange(block.levels, device=accepted.device),
         accepted=accepted,
-        final_token=draw(rows.row(accepted), chance[0]),
+        final_token=draw_row(rows, accepted, chance[0]),
         scores=probabilities,
         thresholds=thresholds,
     )

@@ -288,6 +288,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         ("mtad_grow", None, (_Pointer, ctypes.POINTER(Growth))),
         ("mtad_sample", None, (_Pointer, ctypes.POINTER(Sample))),
         ("mtad_draw", None, (*[_Pointer] * 3, integer, integer, _Pointer)),
+        ("mtad_draw_row", ctypes.c_int64, (*[_Pointer] * 4, integer)),
         ("mtad_pick", None, (*[_Pointer] * 3, integer, integer, _Pointer)),
         ("mtad_kernels", ctypes.c_char_p, ()),
     ):

@@ -1562,6 +1562,19 @@ void mtad_draw(const double *logprobs, const int64_t *token_ids, const double *u
         drawn[row] = token_ids[invert(logprobs, columns, uniform[row])];
 }
 
+static int draw_of(const float *logprobs, int columns, double uniform) {
+    double wide[columns];
+    for (int i = 0; i < columns; i++) wide[i] = logprobs[i];
+    return invert(wide, columns, uniform);
+}
+
+/* The same from one of several rows. */
+int64_t mtad_draw_row(const float *logprobs, const int64_t *token_ids, const int64_t *row,
+                      const double *uniform, int columns) {
+    const size_t start = (size_t)*row * (size_t)columns;
+    return token_ids[start + (size_t)draw_of(logprobs + start, columns, *uniform)];
+}
+
 typedef struct {
     Choices from;
     const double *uniform; /* [rows] */
@@ -1573,11 +1586,10 @@ typedef struct {
 void mtad_sample(Context *c, const Sample *s) {
     mtad_choose(c, &s->from);
     const int columns = s->from.columns;
-    double logprobs[columns];
     for (int row = 0; row < s->from.rows; row++) {
         const size_t start = (size_t)row * (size_t)columns;
-        for (int i = 0; i < columns; i++) logprobs[i] = s->from.logprobs[start + (size_t)i];
-        const size_t at = start + (size_t)invert(logprobs, columns, s->uniform[row]);
+        const size_t at =
+            start + (size_t)draw_of(s->from.logprobs + start, columns, s->uniform[row]);
         s->drawn[row] = s->from.token_ids[at];
         s->picked[row] = s->from.logprobs[at];
     }

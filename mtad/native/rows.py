@@ -78,6 +78,20 @@ class NativeSearch:
         )
         return drawn
 
+    def draw_row(self, logprobs: Tensor, token_ids: Tensor, row: Tensor, uniform: Tensor) -> Tensor:
+        """See `Search.draw_row`."""
+        columns = logprobs.shape[-1]
+        wanted = torch.float32, torch.int64, torch.float64
+        known = (logprobs.dtype, row.dtype, uniform.dtype) == wanted
+        if columns > NARROW or not known:
+            return TORCH_SEARCH.draw_row(logprobs, token_ids, row, uniform)
+        logprobs, token_ids = logprobs.contiguous(), token_ids.contiguous()
+        token = library.load().mtad_draw_row(
+            *(logprobs.data_ptr(), token_ids.data_ptr(), row.data_ptr(), uniform.data_ptr()),
+            columns,
+        )
+        return torch.tensor(token)
+
     def pick(self, logprobs: Tensor, token_ids: Tensor, tokens: Tensor) -> Tensor:
         """See `Search.pick`."""
         columns = logprobs.shape[-1]
