@@ -12,7 +12,7 @@ from mtad.decoders.common import Proposal, State, Verdict
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.logits import Logits
-from mtad.sampling import draw, warp
+from mtad.sampling import draw_row, warp
 from mtad.trace import Decision
 
 
@@ -34,10 +34,10 @@ def decode(
 
 def sample(config: DecodeConfig, proposal: Proposal, logits: Logits, chance: Tensor) -> Verdict:
     """A token from p."""
-    token = draw(warp(logits, config), chance)
+    none = proposal.token_ids.new_zeros(())
     return Verdict(
         proposal.draft_logprobs,
         path=proposal.token_ids,
-        accepted=torch.zeros_like(token),
-        final_token=token,
+        accepted=none,
+        final_token=draw_row(warp(logits, config), none, chance[0]),
     )
