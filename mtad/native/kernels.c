@@ -363,28 +363,33 @@ INLINE float lane_maximum(floats x) {
 #define HOLD(x) (void)(x)
 #endif
 
-/* Half as many vectors, and in each the lanes of two: those whose number has the bit `by` go on with
- * the later one. `by` and `sum` are constants at every call. */
-INLINE void fold(floats *x, const int by, const int sum) {
-    ints later;
-    for (int i = 0; i < LANES; i++) later[i] = i & by ? -1 : 0;
-    for (int i = 0; i < by; i++) {
-        floats stay = pick(later, x[i + by], x[i]), come = pick(later, x[i], x[i + by]);
-        come = TURN(come, by);
-        x[i] = sum ? stay + come : larger(stay, come);
-    }
+INLINE ints lane_numbers(void) {
+    ints numbers;
+    for (int i = 0; i < LANES; i++) numbers[i] = i;
+    return numbers;
 }
 
-/* The vector whose lane i is the sum of all lanes of x[i], or the largest of them. */
+/* Half as many vectors, and in each the lanes of two: those whose number has the bit `by` go on with
+ * the later one. A macro, since compilers want to see what lanes are turned by. */
+#define FOLD(x, by, sum)                                                         \
+    for (int i = 0; i < (by); i++) {                                             \
+        const ints later = (lane_numbers() & (by)) != 0;                         \
+        const floats stay = pick(later, x[i + (by)], x[i]);                      \
+        const floats come = pick(later, x[i], x[i + (by)]);                      \
+        x[i] = sum ? stay + TURN(come, by) : larger(stay, TURN(come, by));       \
+    }
+
+/* The vector whose lane i is the sum of all lanes of x[i], or the largest of them. `sum` is a constant
+ * at every call. */
 INLINE floats across(floats *x, const int sum) {
 #if VECTOR >= 64
-    fold(x, 8, sum);
+    FOLD(x, 8, sum)
 #endif
 #if VECTOR >= 32
-    fold(x, 4, sum);
+    FOLD(x, 4, sum)
 #endif
-    fold(x, 2, sum);
-    fold(x, 1, sum);
+    FOLD(x, 2, sum)
+    FOLD(x, 1, sum)
     return x[0];
 }
 
@@ -639,9 +644,10 @@ INLINE void encode_groups(const Input *in, size_t at, int count) {
     float inverses[LANES], scales[LANES], sums[LANES];
     int32_t totals[LANES];
     for (int g = 0; g < LANES; g++) {
-        const float *from = in->values + (at + (size_t)g) * GROUP;
         most[g] = (floats){0};
-        for (int i = 0; g < count && i < GROUP; i += LANES)
+        if (g >= count) continue;
+        const float *from = in->values + (at + (size_t)g) * GROUP;
+        for (int i = 0; i < GROUP; i += LANES)
             most[g] = larger(most[g], absolute(load_floats(from + i)));
     }
     const floats largest = across(most, 0), scale = largest / 127.0f;
@@ -651,8 +657,9 @@ INLINE void encode_groups(const Input *in, size_t at, int count) {
         const size_t start = (at + (size_t)g) * GROUP;
         ints total = {0};
         for (int i = 0; g < count && i < GROUP; i += LANES) {
-            const floats scaled = load_floats(in->values + start + i) * inverses[g];
-            ints code = __builtin_convertvector((scaled + magic) - magic, ints);
+            /* One expression: compilers differ in what they fuse across two. */
+            ints code = __builtin_convertvector(
+                (load_floats(in->values + start + i) * inverses[g] + magic) - magic, ints);
             bytes small = __builtin_convertvector(code, bytes);
             memcpy(in->codes + start + i, &small, LANES);
             total += code;
@@ -811,12 +818,11 @@ static void look(Forward *f) {
 }
 
 /* The sums of `slots` values with the weights of `count` queries, `vectors` of each value from `part`
- * on, and the sums of the weights; `count` and `vectors` are constants at every call. In the order of
- * the slots, so that those that are not seen, whose weight is 0, change nothing. */
+ * on; both are constants at every call. In the order of the slots, so that those that are not seen,
+ * whose weight is 0, change nothing. */
 INLINE void weigh(const float *value, const float *weight, int stride, int slots, int size, int part,
-                  float **out, float *mass, const int count, const int vectors) {
+                  float **out, const int count, const int vectors) {
     floats sum[QUERIES][WIDE] = {{{0}}};
-    float total[QUERIES] = {0};
     for (int slot = 0; slot < slots; slot++, value += size) {
         floats from[WIDE];
         for (int v = 0; v < vectors; v++) {
@@ -825,14 +831,11 @@ INLINE void weigh(const float *value, const float *weight, int stride, int slots
         }
         for (int q = 0; q < count; q++) {
             const float share = weight[q * stride + slot];
-            total[q] += share;
             for (int v = 0; v < vectors; v++) sum[q][v] += share * from[v];
         }
     }
-    for (int q = 0; q < count; q++) {
-        mass[q] = total[q];
+    for (int q = 0; q < count; q++)
         for (int v = 0; v < vectors; v++) store_floats(out[q] + part + v * LANES, sum[q][v]);
-    }
 }
 
 /* `count` queries (a constant at every call) of one key-value head over what they see of the slots
@@ -876,13 +879,16 @@ INLINE void attend(const Forward *f, int chunk, const float *keys, const float *
             float *at = score + q * stride + i;
             store_floats(at, exponential(load_floats(at) - most));
         }
+        mass[q] = 0.0f;
     }
+    for (int i = 0; i < last - first; i++) /* likewise in the order of the slots */
+        for (int q = 0; q < count; q++) mass[q] += score[q * stride + i];
     const float *value = values + (size_t)first * size;
     int part = 0;
     for (; part + WIDE * LANES <= size; part += WIDE * LANES)
-        weigh(value + part, score, stride, last - first, size, part, out, mass, count, WIDE);
+        weigh(value + part, score, stride, last - first, size, part, out, count, WIDE);
     for (; part < size; part += LANES)
-        weigh(value + part, score, stride, last - first, size, part, out, mass, count, 1);
+        weigh(value + part, score, stride, last - first, size, part, out, count, 1);
 }
 
 /* Adds a later part of a softmax to an earlier one. Compiled once, so that it always rounds alike. */
