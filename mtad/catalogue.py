@@ -107,7 +107,7 @@ _CATALOGUE = (
         "The draft draws a tree of candidates; one rejection test for each child in turn.",
         True,
         "Miao et al. 2023 (SpecInfer), arXiv 2305.09781; Yang et al. 2024, arXiv 2401.06706",
-        (*_SAMPLING, "k_config", "iteration_costs", "replacement"),
+        (*_SAMPLING, "k_config", "tree_costs", "replacement"),
     ),
     MethodInfo(
         "bild",

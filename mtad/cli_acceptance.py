@@ -165,7 +165,10 @@ def _settings(
     if thresholds is not None:
         taus = [_number(text) for text in thresholds.split(",")]
     try:
-        return grid(names, lengths, taus)
+        settings = grid(names, lengths, taus)
+        for setting in settings:
+            setting.config(config, config.seed)
+        return settings
     except ConfigError as error:
         raise UsageError(str(error)) from None
 

@@ -52,6 +52,11 @@ _HELP: dict[str, tuple[Any, str]] = {
         "With γ auto: cost of an iteration with 0, 1, 2, … draft tokens, such as 1,1.2,1.4; with W"
         " auto rows of them with ; between. Default: measured.",
     ),
+    "tree_costs": (
+        str,
+        "With --k-config auto: cost of an iteration without a draft, then with each of its trees."
+        " Default: measured.",
+    ),
     "ignore_eos": (bool, "Go on after an end-of-sequence token."),
     "stop": (list[str], "Cut the text before this string. May be given up to 16 times."),
 }
@@ -103,6 +108,8 @@ def config_from(given: dict[str, Any]) -> DecodeConfig:
     if "iteration_costs" in values:
         rows = [tuple(map(_number, row.split(","))) for row in values["iteration_costs"].split(";")]
         values["iteration_costs"] = tuple(rows) if len(rows) > 1 else rows[0]
+    if "tree_costs" in values:
+        values["tree_costs"] = tuple(map(_number, values["tree_costs"].split(",")))
     if "stop" in values:
         values["stop"] = tuple(values["stop"])
     return DecodeConfig(**values)

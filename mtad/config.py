@@ -37,11 +37,9 @@ class DecodeConfig:
             iterations cost on this machine and what was accepted so far, see `mtad.pace`; `mtjd`,
             which has no draft, stays at 4.
         iteration_costs: cost of an iteration with 0, 1, 2, … draft tokens, relative to the first;
-            read with num_draft_tokens="auto" only. None has the runner measure it once a pair
-            and write it into the trace: with it the same seed gives the same decisions again. For
-            `specinfer`, with k_config="auto", the costs are those without a draft and with each of
-            `mtad.pace.AUTO_TREES`; with beam_width="auto" there is a row of costs for each of
-            `mtad.pace.AUTO_WIDTHS`.
+            read with num_draft_tokens="auto" only. With beam_width="auto" a row of them for each
+            of `mtad.pace.AUTO_WIDTHS`. None has the runner measure it once a pair
+            and write it into the trace: with it the same seed gives the same decisions again.
         beam_width: W, beams of the draft (`mtad`, `mtad_tree`) or of the target (`beam`, `mtjd`).
             "auto", which goes with num_draft_tokens="auto", takes the widest search of the draft
             that costs next to no speed, see `mtad.pace`; on the target it stays at 4.
@@ -53,6 +51,8 @@ class DecodeConfig:
         seed: of the one generator that makes every random choice of the run.
         k_config: `specinfer`: children of a node, by depth of the tree. "auto" chooses among
             `mtad.pace.AUTO_TREES` as num_draft_tokens="auto" chooses γ.
+        tree_costs: the same as iteration_costs for k_config="auto": cost of an iteration without a
+            draft, then with each of `mtad.pace.AUTO_TREES`.
         replacement: `specinfer`: children are drawn with replacement.
         fallback_threshold: `bild`: the draft stops where its largest probability is under this.
         rollback_threshold: `bild`: a draft token is replaced where −log p exceeds this (nats).
@@ -87,6 +87,7 @@ class DecodeConfig:
     joint_temperature: float = 1.0
     node_budget: int = 4096
     iteration_costs: tuple[float, ...] | tuple[tuple[float, ...], ...] | None = None
+    tree_costs: tuple[float, ...] | None = None
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
 
@@ -120,7 +121,8 @@ class DecodeConfig:
             refuse("search", self.search, '"beam" or "exact"')
         self._float("joint_temperature", 0.001, 100.0, or_zero=True)
         self._int("node_budget", 1, 65_536)
-        self._iteration_costs()
+        self._costs("iteration_costs", rows=self.beam_width == "auto")
+        self._costs("tree_costs")
         self._bool("ignore_eos")
         self._stop()
 
@@ -185,27 +187,27 @@ class DecodeConfig:
             refuse("k_config", value, allowed)
         object.__setattr__(self, "k_config", tuple(value))
 
-    def _iteration_costs(self) -> None:
-        value: Any = self.iteration_costs
+    def _costs(self, name: str, *, rows: bool = False) -> None:
+        value: Any = getattr(self, name)
         if value is None:
             return
         allowed = "2 to 65 numbers greater than 0 and at most 1e6"
-        if self.beam_width == "auto":
+        if rows:
             allowed += ", or 1 to 16 rows of them"
 
         def row(costs: Any) -> tuple[float, ...]:
             if not isinstance(costs, (tuple, list)) or not 2 <= len(costs) <= 65:
-                refuse("iteration_costs", value, allowed)
+                refuse(name, value, allowed)
             if not all(is_number(cost) and 0 < cost <= 1e6 for cost in costs):
-                refuse("iteration_costs", value, allowed)
+                refuse(name, value, allowed)
             return tuple(float(cost) for cost in costs)
 
-        several = self.beam_width == "auto" and isinstance(value, (tuple, list)) and value
+        several = rows and isinstance(value, (tuple, list)) and value
         if several and isinstance(value[0], (tuple, list)) and len(value) <= 16:
             costs: Any = tuple(row(costs) for costs in value)
         else:
             costs = row(value)
-        object.__setattr__(self, "iteration_costs", costs)
+        object.__setattr__(self, name, costs)
 
     def _stop(self) -> None:
         value: Any = self.stop

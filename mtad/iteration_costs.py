@@ -26,6 +26,8 @@ from mtad.trace import Decision
 CONTEXT_TOKENS = 100
 SWEEPS = 2
 ROUNDS = 4
+# Where a pass takes longer than this, nobody should wait for more than so many of each.
+SLOW_SECONDS, FEW_ROUNDS = 0.03, 2
 # An iteration that costs so many without a draft seldom emits as many tokens.
 DEAR = 8.0
 # More than anything is worth.
@@ -84,17 +86,22 @@ def _measure(
 ) -> dict[K, float]:
     """Seconds of an iteration with each of the drafts, relative to one without.
 
-    They come with the shorter ones first; from one that is too dear on, the others are left out.
+    They come with the shorter ones first; those behind the first that is too dear are left out.
     """
     wide = {"num_draft_tokens": MAX_AUTO_DRAFT_TOKENS, "beam_width": 1}  # of no draft
     plain, times = math.inf, dict[K, float]()
+    rounds = ROUNDS
     for _ in range(SWEEPS):
-        plain = min(plain, _fastest("autoregressive", make, config, context, wide))
+        plain = min(plain, _fastest("autoregressive", make, config, context, wide, rounds))
+        if plain > SLOW_SECONDS:
+            rounds = FEW_ROUNDS
         for draft, fields in drafts.items():
-            seconds = _fastest(method, make, config, context, fields)
+            seconds = _fastest(method, make, config, context, fields, rounds)
             times[draft] = min(seconds, times.get(draft, math.inf))
             if times[draft] > DEAR * plain:
                 break
+        if rounds == FEW_ROUNDS:
+            break
     return {draft: round(seconds / plain, 4) for draft, seconds in times.items()}
 
 
@@ -104,12 +111,13 @@ def _fastest(
     config: DecodeConfig,
     context: int,
     fields: Mapping[str, Any],
+    rounds: int,
 ) -> float:
     """Seconds of the fastest of some iterations."""
     # One run after the other: a drafter of the user's own is one object, and holds one text.
     run, seconds = _iterations(method, make, config, context, fields), math.inf
     next(run)  # holds the prefill
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         start = time.perf_counter()
         next(run)
         seconds = min(seconds, time.perf_counter() - start)

@@ -158,7 +158,7 @@ class TreePace:
             costs = (1.0, *(1.0 + 0.05 * (nodes(tree) + len(tree)) for tree in AUTO_TREES))
         if len(costs) != 1 + len(AUTO_TREES) or not all(isinstance(cost, float) for cost in costs):
             allowed = f'{1 + len(AUTO_TREES)} numbers with k_config "auto": without a draft, then'
-            refuse("iteration_costs", tuple(costs), f"{allowed} with each of {AUTO_TREES}")
+            refuse("tree_costs", tuple(costs), f"{allowed} with each of {AUTO_TREES}")
         self._costs = tuple(costs[1:])
         depths, siblings = max(map(len, AUTO_TREES)), max(map(max, AUTO_TREES))
         # By depth, then by how many siblings were rejected before: tested, and accepted.

@@ -193,8 +193,11 @@ class _Run:
         self.pair = pair
         self.prompt_ids = prompt_ids
         config = config.with_draft_length(info.draft_length)
-        if not (info.uses_draft and "beam_width" in info.parameters):
-            config = dataclasses.replace(config, beam_width=config.width)
+        if config.beam_width == "auto" and not (
+            info.uses_draft and "beam_width" in info.parameters
+        ):
+            # Rows of costs are those of widths.
+            config = dataclasses.replace(config, beam_width=config.width, iteration_costs=None)
         self.config = config
         self._check_request()
         self.room = pair.context_length - len(prompt_ids)
@@ -236,8 +239,9 @@ class _Run:
             )
         width = max(AUTO_WIDTHS) if config.beam_width == "auto" else config.beam_width
         if "beam_width" in info.parameters and width > pair.vocab_size:
+            asked = f"{width}" if width == config.beam_width else f'"auto", up to {width}'
             raise ConfigError(
-                f"beam_width is {width}, but the vocabulary of the pair has"
+                f"beam_width is {asked}, but the vocabulary of the pair has"
                 f" {pair.vocab_size} tokens. Choose at most that many beams."
             )
         size = len(self.prompt_ids)
@@ -389,18 +393,18 @@ class _Run:
         )
 
     def _measure_costs(self) -> None:
-        """Fills in `iteration_costs` where the config asks for "auto" and leaves them open."""
+        """Fills in the costs where the config asks for "auto" and leaves them open."""
         info, pair, config = self.info, self.pair, self.config
-        drafts = config.k_config if "k_config" in info.parameters else config.num_draft_tokens
-        asked = drafts == "auto" and config.iteration_costs is None
-        if not asked or "iteration_costs" not in info.parameters:
+        name = "tree_costs" if "k_config" in info.parameters else "iteration_costs"
+        drafts = config.k_config if name == "tree_costs" else config.num_draft_tokens
+        if drafts != "auto" or name not in info.parameters or getattr(config, name) is not None:
             return
         known = _costs.setdefault(pair, {})
         key = (info.id, config.beam_width)
         if key not in known:
             with decoding(pair):
                 known[key] = measure_iterations(info.id, self._models, config, pair.context_length)
-        self.config = dataclasses.replace(config, iteration_costs=known[key])
+        self.config = dataclasses.replace(config, **{name: known[key]})
 
     def _models(self) -> tuple[CachedLM, Drafter]:
         """Both models with empty caches, for measurements."""

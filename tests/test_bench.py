@@ -437,6 +437,7 @@ def test_the_passes_of_a_prediction() -> None:
     assert tree_passes((4, 2, 2), 4) == (("tree", 29), [("draft", 4), ("draft", 8)])
     found = passes_of([PLAIN, Setting("specinfer")], config)
     assert found == {("target", 1), ("tree", 29), ("draft", 4), ("draft", 8)}
+    assert tree_passes((1, 1, 1, 1), 4)[0] == ("target", 5)  # a line is a block
     odd = DecodeConfig(k_config=(3,), beam_width=4)
     assert passes_of([Setting("specinfer")], odd) == {("target", 1), ("target", 4)}
     every = passes_of([Setting("specinfer")], DecodeConfig(k_config="auto"))

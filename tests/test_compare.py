@@ -48,7 +48,7 @@ def long_trace(method: str, count: int = 60, seed: int = 0) -> Trace:
 class TestForm:
     def test_every_parameter_has_a_field_but_the_one_that_is_measured(self) -> None:
         library = {field.name for field in dataclasses.fields(DecodeConfig)}
-        assert library - {field.name for field in FIELDS} == {"iteration_costs"}
+        assert library - {field.name for field in FIELDS} == {"iteration_costs", "tree_costs"}
         assert fields_read(ALL) >= {field.name for field in FIELDS}
 
     def test_the_form_opens_with_the_defaults_of_the_library_and_adapts_the_draft(self) -> None:
@@ -98,6 +98,11 @@ class TestForm:
     ) -> None:
         with pytest.raises(ConfigError, match=message):
             request_of("hello", ["specinfer", "mtad"], values)
+
+    def test_a_width_that_cannot_adapt_without_a_length_is_left_to_the_method(self) -> None:
+        values = DEFAULTS | {"beam_width": "auto"}
+        assert request_of("hello", ["mtad", "beam"], values).config.beam_width == "auto"
+        assert request_of("hello", ["autoregressive", "beam"], values).config.beam_width == 4
 
     def test_a_field_that_no_chosen_method_reads_is_left_out(self) -> None:
         request = request_of("hello", ["mtad", "speculative"], {"k_config": "nonsense"})

@@ -104,6 +104,11 @@ TABLE: dict[str, tuple[str, list[Any], list[Any]]] = {
         [(), (1.0,), (1, 0.0), (1, -1), (1, math.nan), (1, 10**400), (1, "2"), "12", 5, (1,) * 66],
         [(1, 0.5), (1.0,) * 65],
     ),
+    "tree_costs": (
+        "2 to 65 numbers greater than 0 and at most 1e6",
+        [(), (1.0,), (1, 0.0), ((1, 2), (1, 2)), "12", (1,) * 66],
+        [(1, 0.5), (1.0,) * 65],
+    ),
     "ignore_eos": ("True or False", NOT_BOOL, [True, False]),
     "stop": (
         f"at most {MAX_STOP_STRINGS} non-empty strings",

@@ -119,7 +119,7 @@ def test_it_settles_near_the_best_tree(rates: list[float], row: float) -> None:
 
 
 def test_costs_of_other_trees_are_refused() -> None:
-    with pytest.raises(ConfigError, match="iteration_costs"):
+    with pytest.raises(ConfigError, match="tree_costs"):
         TreePace([1.0, 1.2])
     assert TreePace().tree in AUTO_TREES
 

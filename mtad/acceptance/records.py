@@ -69,6 +69,8 @@ class Setting:
             own["accept_threshold"] = self.accept_threshold
         if self.beam_width is not None:
             own["beam_width"] = self.beam_width
+        elif self.num_draft_tokens is None:  # nor W: it is chosen together with γ
+            own["beam_width"] = shared.width
         return dataclasses.replace(shared, **own)
 
 

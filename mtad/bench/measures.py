@@ -316,11 +316,11 @@ def _timed(
 def tree_passes(tree: Sequence[int], beam_width: int) -> tuple[Pass, list[Pass]]:
     """The target's pass over a tree of `specinfer`, and the later draft steps.
 
-    One that does not divide into W branches, as measured trees do, costs what a block of as many
-    rows does.
+    A line is verified as a block. A tree that does not divide into W branches, as measured trees
+    do, costs what a block of as many rows does.
     """
     levels = list(itertools.accumulate(tree, operator.mul))
-    kind = "target" if sum(levels) % beam_width else "tree"
+    kind = "target" if max(tree) == 1 or sum(levels) % beam_width else "tree"
     return (kind, 1 + sum(levels)), [("draft", rows) for rows in levels[:-1]]
 
 

@@ -127,7 +127,7 @@ class State:
         draft: its cache holds everything but the tokens in `draft_pending`; None without one.
         block_draft: the same, if it can draft whole blocks.
         config: resolved.
-        search: the same with the W of the next block.
+        block_config: the same with the W of the next block.
         rule_config: the same without what no rule reads, such as the seed.
         generator: makes every random choice, on the target's device.
         eos_ids: end-of-sequence tokens; empty with `ignore_eos`.
@@ -146,7 +146,7 @@ class State:
     target: CachedLM
     draft: Drafter | None
     config: DecodeConfig
-    search: DecodeConfig
+    block_config: DecodeConfig
     rule_config: DecodeConfig
     generator: torch.Generator
     eos_ids: frozenset[int]
@@ -191,7 +191,7 @@ class State:
             target=target,
             draft=draft,
             config=config,
-            search=dataclasses.replace(config, beam_width=config.width, iteration_costs=None),
+            block_config=dataclasses.replace(config, beam_width=config.width, iteration_costs=None),
             rule_config=_for_rules(config),
             generator=generator,
             eos_ids=eos_ids,
@@ -216,8 +216,8 @@ class State:
         pace = self.pace
         if pace is not None:
             self.draft_length = pace.length
-        if isinstance(pace, WidthPace) and pace.width != self.search.width:
-            self.search = dataclasses.replace(self.search, beam_width=pace.width)
+        if isinstance(pace, WidthPace) and pace.width != self.block_config.width:
+            self.block_config = dataclasses.replace(self.block_config, beam_width=pace.width)
 
     def block_length(self) -> int:
         """γ for the next block: near the end it leaves room for the token after the block."""
@@ -245,7 +245,7 @@ class State:
 
         At once where the draft can, see `BlockDrafter.draft_beams`; else step by step.
         """
-        config, first = self.search, self.draft_logits(self.draft_pending)[-1:]
+        config, first = self.block_config, self.draft_logits(self.draft_pending)[-1:]
         if self.block_draft is not None and narrows(first, config):
             chance = functools.partial(uniforms, self.generator)
             found = self.block_draft.draft_beams(first, config, steps, chance, self.eos)
@@ -402,6 +402,7 @@ def _for_rules(config: DecodeConfig) -> DecodeConfig:
         num_draft_tokens=None,
         beam_width=DEFAULT_WIDTH,
         iteration_costs=None,
+        tree_costs=None,
         seed=0,
         stop=(),
     )

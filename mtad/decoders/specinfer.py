@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,8 +37,7 @@ def decode(
     state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids, adapts=False)
     shape, pace = config.k_config, None
     if not isinstance(shape, tuple):
-        costs: Any = config.iteration_costs
-        pace = TreePace(costs)
+        pace = TreePace(config.tree_costs)
         shape = pace.tree
     while state.running:
         candidates = draw_tree(state, shape[: state.remaining - 1])

@@ -137,7 +137,8 @@ def generate_endpoint(
         search: str = "beam",
         joint_temperature: float = 1.0,
         node_budget: int = 4096,
-        iteration_costs: list[float] | None = None,
+        iteration_costs: list | None = None,
+        tree_costs: list[float] | None = None,
         ignore_eos: bool = False,
         stop: list[str] = [],  # noqa: B006
         with_trace: bool = False,
@@ -174,7 +175,9 @@ def generate_endpoint(
             search: "beam" or "exact", of mtjd.
             joint_temperature: of the exact search of mtjd.
             node_budget: most nodes that one exact search may forward.
-            iteration_costs: for what is "auto"; null has them measured.
+            iteration_costs: of γ = 0, 1, … for num_draft_tokens "auto", or rows of them for
+                beam_width "auto"; null has them measured.
+            tree_costs: for k_config "auto"; null has them measured.
             ignore_eos: go on after the end of the text, to max_new_tokens.
             stop: strings that end the text.
             with_trace: true adds the whole trace to the last value.
@@ -200,6 +203,7 @@ def generate_endpoint(
                 joint_temperature=joint_temperature,
                 node_budget=node_budget,
                 iteration_costs=iteration_costs,  # type: ignore[arg-type]
+                tree_costs=tree_costs,  # type: ignore[arg-type]
                 ignore_eos=ignore_eos,
                 stop=stop,  # type: ignore[arg-type]
             )

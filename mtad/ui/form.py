@@ -66,10 +66,10 @@ FIELDS = (
     Field(
         "beam_width",
         "beam_width (W)",
-        "Beams of the draft's search; auto takes what costs no speed.",
+        "Beams of the search; auto takes what costs no speed.",
         "choice",
         "4",
-        choices=("auto", *(str(k) for k in (*range(1, 17), 24, 32, 48, 64))),
+        choices=("auto", *(str(k) for k in range(1, 65))),
     ),
     Field(
         "accept_threshold",
@@ -176,6 +176,8 @@ def request_of(prompt: Any, method_ids: Any, values: Mapping[str, Any]) -> Reque
     parameters = {
         name: parameter(BY_NAME[name], value) for name, value in values.items() if name in read
     }
+    if "num_draft_tokens" not in read and parameters.get("beam_width") == "auto":
+        del parameters["beam_width"]  # W is chosen together with γ
     return check_request(prompt, method_ids, **parameters)
 
 
