@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,10 +154,23 @@ def test_extreme_inputs_round_as_they_should() -> None:
 # Whole models
 
 
+@pytest.mark.parametrize("compiler", [name for name in ("gcc", "clang") if shutil.which(name)])
+def test_every_compiler_here_takes_the_source_without_a_warning(
+    compiler: str, tmp_path: Path
+) -> None:
+    for flags in (*filter(None, BUILDS.values()), ("-march=native",), ()):
+        strict = (*library._FLAGS, "-Wall", "-Wextra", "-Werror", *flags)
+        out = str(tmp_path / "kernels.so")
+        subprocess.run([compiler, *strict, str(library.SOURCE), "-o", out, "-lm"], check=True)
+
+
+@pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize(
     "changes",
     [
         {},
+        {"head_dim": 64},
+        {"head_dim": 80},
         {"num_key_value_heads": 4},
         {"num_key_value_heads": 1, "head_dim": 32},
         {"tie_word_embeddings": True, "rms_norm_eps": 1e-2},
@@ -162,7 +178,12 @@ def test_extreme_inputs_round_as_they_should() -> None:
     ],
     ids=str,
 )
-def test_in_float32_logits_and_states_are_those_of_transformers(changes: dict[str, Any]) -> None:
+def test_in_float32_logits_and_states_are_those_of_transformers(
+    changes: dict[str, Any], build: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = library.load(BUILDS[build])
+    monkeypatch.setattr(library, "load", lambda: kernels)
+    monkeypatch.setattr("mtad.native.threads._of_thread", threading.local())
     model = tiny_llama(**changes)
     ids = torch.randint(VOCABULARY, (37,))
     expected = model(ids[None], output_hidden_states=True)
