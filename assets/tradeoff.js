@@ -444,11 +444,13 @@ async function open(number) {
 }
 
 async function listRuns(scroll) {
-  const row = shown.rows[opened - 1];
+  const number = opened;
+  const row = shown.rows[number - 1];
   const sweep = shown.sweep;
   openedDone = shown.done;
-  const runs = await server.runs({ sweep, n: opened });
-  if (!shown || shown.sweep !== sweep) return;
+  const runs = await server.runs({ sweep, n: number });
+  // Another setting may have been opened meanwhile, or this one closed.
+  if (!shown || shown.sweep !== sweep || opened !== number) return;
   if (!Array.isArray(runs)) return forgotten();
   fillTable();
   for (const { row: one } of points) {

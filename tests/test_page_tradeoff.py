@@ -141,8 +141,10 @@ def test_a_sweep_is_stopped_goes_on_and_opens_its_traces(
     page.keyboard.press("Enter")
     opened = page.locator(f"#{right}").get_attribute("aria-label").split(":")[0]
     page.wait_for_function(
-        "name => document.querySelector('.mtad-runs .mtad-title').textContent"
-        ".replaceAll(',', '') === name.replaceAll(',', '').trim()",
+        # That list may have been open before: only the focus says that it has come again.
+        "name => document.activeElement.matches('.mtad-runs .mtad-title')"
+        " && document.activeElement.textContent.replaceAll(',', '')"
+        " === name.replaceAll(',', '').trim()",
         arg=opened,
     )
     page.locator(".mtad-setting").nth(1).focus()
