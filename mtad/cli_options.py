@@ -54,7 +54,7 @@ _HELP: dict[str, tuple[Any, str]] = {
     ),
     "tree_costs": (
         str,
-        "With --k-config auto: cost of an iteration without a draft, then with each of its trees."
+        "With --k-config auto: cost of an iteration without a draft, then with each of its 8 trees."
         " Default: measured.",
     ),
     "ignore_eos": (bool, "Go on after an end-of-sequence token."),
