@@ -8,6 +8,7 @@ turns, and the fastest of all iterations counts: what else a machine does only a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
@@ -89,14 +90,15 @@ def _measure(
     They come with the shorter ones first; those behind the first that is too dear are left out.
     """
     wide = {"num_draft_tokens": MAX_AUTO_DRAFT_TOKENS, "beam_width": 1}  # of no draft
+    run = functools.partial(_iterations, make, config, context)
     plain, times = math.inf, dict[K, float]()
     rounds = ROUNDS
     for _ in range(SWEEPS):
-        plain = min(plain, _fastest("autoregressive", make, config, context, wide, rounds))
+        plain = min(plain, _fastest(run("autoregressive", wide), rounds))
         if plain > SLOW_SECONDS:
             rounds = FEW_ROUNDS
         for draft, fields in drafts.items():
-            seconds = _fastest(method, make, config, context, fields, rounds)
+            seconds = _fastest(run(method, fields), rounds)
             times[draft] = min(seconds, times.get(draft, math.inf))
             if times[draft] > DEAR * plain:
                 break
@@ -105,17 +107,12 @@ def _measure(
     return {draft: round(seconds / plain, 4) for draft, seconds in times.items()}
 
 
-def _fastest(
-    method: str,
-    make: Callable[[], tuple[CachedLM, Drafter]],
-    config: DecodeConfig,
-    context: int,
-    fields: Mapping[str, Any],
-    rounds: int,
-) -> float:
-    """Seconds of the fastest of some iterations."""
-    # One run after the other: a drafter of the user's own is one object, and holds one text.
-    run, seconds = _iterations(method, make, config, context, fields), math.inf
+def _fastest(run: Generator[Decision, None, None], rounds: int) -> float:
+    """Seconds of the fastest of some iterations, from the second on.
+
+    Ends the run: a drafter of the user's own is one object, and holds one text.
+    """
+    seconds = math.inf
     next(run)  # holds the prefill
     for _ in range(rounds):
         start = time.perf_counter()
@@ -126,10 +123,10 @@ def _fastest(
 
 
 def _iterations(
-    method: str,
     make: Callable[[], tuple[CachedLM, Drafter]],
     config: DecodeConfig,
     context: int,
+    method: str,
     fields: Mapping[str, Any],
 ) -> Generator[Decision, None, None]:
     """Iterations with a draft on any text: what they cost depends little on it."""
