@@ -12,7 +12,6 @@ from torch import Tensor
 from mtad.errors import PairError
 from mtad.hidden_draft import NORM_EPS, Ends, HiddenDraft, Layer
 from mtad.native import abi
-from mtad.native.linear import matrix
 from mtad.native.llama import rotary_tables
 from mtad.native.model import LayerWeights, NativeModel
 from mtad.native.packing import BLOCK, CODES8, FLOAT32, GROUP, Packed, pack
@@ -67,16 +66,15 @@ class NativeDraft:
             sines=sines,
             exact=exact,
         )
-        read, join = pack(draft.read.weight, kind), pack(draft.join.weight, kind)
-        floats = [norm.detach() for norm in (draft.read_norm, draft.token_norm, draft.state_norm)]
-        self.weight_bytes = self.model.weight_bytes + read.data.numel() + join.data.numel()
+        read, join = (self.model.matrix(each.weight, kind) for each in (draft.read, draft.join))
+        norms = [norm.detach() for norm in (draft.read_norm, draft.token_norm, draft.state_norm)]
+        self.weight_bytes = self.model.weight_bytes
         self.embedding = _table(ends)
-        self._kept = (read, join, floats)  # the kernels hold pointers into these
+        self._kept = norms  # the kernels hold pointers into these
         self.struct = abi.Draft(
             self.model.struct,
-            matrix(read),
-            matrix(join),
-            *(norm.data_ptr() for norm in floats),
+            *(read, join),
+            *(norm.data_ptr() for norm in norms),
             len(config.target_layers),
         )
 

@@ -47,7 +47,10 @@
 #define TILE 12   /* input rows that share one reading of a block */
 #define QUERIES 4 /* query rows that share one reading of the keys */
 #define CHUNK 64  /* of the slots that a row sees, how many it attends to at a time */
-#define AHEAD 4096 /* bytes of weights between what is used and what is asked for */
+/* Bytes of weights between what is used and what is asked for: with one row, whose products wait for
+ * memory, and with more, where memory waits for products. */
+#define NEAR 256
+#define AHEAD 2048
 #define OWN_VALUES 8192 /* of an input that every thread makes for itself */
 #define SPLIT_ROWS 32 /* rows whose attention is shared out by parts of the cache */
 #define APART 16  /* counters from one thread's to the next one's: a cache line */
@@ -489,13 +492,13 @@ INLINE ints dot_small(const codes *part, const int8_t *x) {
 #endif
 }
 
-/* Asks for the weights of a group some groups ahead: memory is slower than the products. Those that
- * are streamed are not to drive out what stays, such as the draft and the interpreter. */
+/* Asks for weights before they are used: memory is slower than the products. Those that are streamed
+ * are not to drive out what stays, such as the draft and the interpreter. */
 INLINE void fetch(const Matrix *m, const uint8_t *data, const int bytes) {
     if (m->streamed)
-        for (int i = 0; i < bytes; i += 64) __builtin_prefetch(data + AHEAD + i, 0, 0);
+        for (int i = 0; i < bytes; i += 64) __builtin_prefetch(data + i, 0, 0);
     else
-        for (int i = 0; i < bytes; i += 64) __builtin_prefetch(data + AHEAD + i, 0, 3);
+        for (int i = 0; i < bytes; i += 64) __builtin_prefetch(data + i, 0, 3);
 }
 
 /* The outputs of piece `piece` of a block for `rows` inputs from `row` on; `rows` is a constant at
@@ -503,7 +506,7 @@ INLINE void fetch(const Matrix *m, const uint8_t *data, const int bytes) {
 INLINE void block(const Matrix *m, const uint8_t *data, int piece, const Input *in, int row,
                   const int rows, floats *out) {
     floats sum[TILE]; /* not `out`, which the compiler would write back at every step */
-    const int columns = m->columns, groups = columns / GROUP;
+    const int columns = m->columns, groups = columns / GROUP, ahead = rows == 1 ? NEAR : AHEAD;
     for (int r = 0; r < rows; r++) sum[r] = (floats){0};
     if (m->kind == FLOAT32) {
         const float *weight = (const float *)data + piece * LANES;
@@ -514,7 +517,7 @@ INLINE void block(const Matrix *m, const uint8_t *data, int piece, const Input *
     } else if (m->kind == CODES8) {
         for (int g = 0; g < groups; g++, data += 8 * 64 + 32) {
             codes part[8];
-            if (piece == 0) fetch(m, data, 8 * 64 + 32);
+            if (piece == 0) fetch(m, data + ahead, 8 * 64 + 32);
             for (int j = 0; j < 8; j++) {
                 part[j] = *(const loose_codes *)(data + 64 * j + piece * VECTOR);
 #if defined(__AVX512VNNI__)
@@ -533,7 +536,7 @@ INLINE void block(const Matrix *m, const uint8_t *data, int piece, const Input *
     } else {
         for (int g = 0; g < groups; g++, data += 4 * 64 + 64) {
             codes part[8];
-            if (piece == 0) fetch(m, data, 4 * 64 + 64);
+            if (piece == 0) fetch(m, data + ahead, 4 * 64 + 64);
             for (int j = 0; j < 4; j++) {
                 codes both = *(const loose_codes *)(data + 64 * j + piece * VECTOR);
                 part[j] = both & 15;
@@ -584,7 +587,7 @@ enum { STORE, ADD, GATE };
 /* Asks for the beginning of what this thread will read of a matrix. */
 INLINE void expect(const Seat *s, const Matrix *m) {
     const size_t start = (size_t)part_start(s->all, m->rows / BLOCK, s->thread);
-    fetch(m, m->data + start * block_bytes(m) - AHEAD, AHEAD);
+    fetch(m, m->data + start * block_bytes(m), AHEAD);
 }
 
 /* out [rows, stride], of which the first m->rows columns are set to the product, or grown by it;

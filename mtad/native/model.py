@@ -8,6 +8,7 @@ layers of a draft that has no embedding of its own.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from mtad.native import abi
 from mtad.native.linear import matrix
+from mtad.native.memory import Arena
 from mtad.native.packing import BLOCK, CODES4, FLOAT32, pack
 from mtad.native.threads import context
 
@@ -87,6 +89,7 @@ class NativeModel:
     ) -> None:
         """Packs everything: `exact` in float32, else in as few bits as lose nothing, or eight."""
         kind = FLOAT32 if exact else None
+        self._arena = Arena()
         self._kept: list[Tensor] = []  # the kernels hold pointers into these
         self.weight_bytes = 0
         made = [self._layer(layer, kind) for layer in layers]
@@ -95,7 +98,7 @@ class NativeModel:
         self._layers = (abi.Layer * len(made))(*made)
         kinds = {each.kind for one in made for each in (one.qkv, one.out, one.gate_up, one.down)}
         self.weights = "float32" if exact else "int4" if kinds == {CODES4} else "int8"
-        packed_head = self._matrix(head, kind)
+        packed_head = self.matrix(head, kind)
         size = 2 * int(cosines.shape[1])
         self.head_rows = int(head.shape[0])
         self._kv = (kv_heads, size)
@@ -128,6 +131,14 @@ class NativeModel:
         kv_heads, size = self._kv
         return self.num_layers * texts, kv_heads, slots, size
 
+    def matrix(self, weight: Tensor, kind: int | None) -> abi.Matrix:
+        """Packs [rows, columns], see `packing.pack`; it lives as long as the model."""
+        packed = pack(weight, kind)
+        packed = dataclasses.replace(packed, data=self._arena.place(packed.data))
+        self._kept.append(packed.data)
+        self.weight_bytes += packed.data.numel()
+        return matrix(packed)
+
     def _layer(self, weights: LayerWeights, kind: int | None) -> abi.Layer:
         # The kernel multiplies 16 gates with the 16 values that it computes next.
         pairs = [part.view(-1, 1, BLOCK, part.shape[1]) for part in (weights.gate, weights.up)]
@@ -135,17 +146,12 @@ class NativeModel:
         return abi.Layer(
             attention_norm=self._vector(weights.attention_norm),
             mlp_norm=self._vector(weights.mlp_norm),
-            qkv=self._matrix(weights.qkv, kind),
-            out=self._matrix(weights.out, kind),
-            gate_up=self._matrix(gate_up, kind),
-            down=self._matrix(weights.down, kind),
+            qkv=self.matrix(weights.qkv, kind),
+            out=self.matrix(weights.out, kind),
+            gate_up=self.matrix(gate_up, kind),
+            down=self.matrix(weights.down, kind),
         )
 
-    def _matrix(self, weight: Tensor, kind: int | None) -> abi.Matrix:
-        packed = pack(weight, kind)
-        self._kept.append(packed.data)
-        self.weight_bytes += packed.data.numel()
-        return matrix(packed)
 
     def _vector(self, values: Tensor) -> int:
         own = values.detach().to("cpu", torch.float32).contiguous().clone()
