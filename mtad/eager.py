@@ -69,7 +69,7 @@ class Passes(Protocol):
     def forward(
         self,
         token_ids: Tensor,  # [n]
-        positions: Tensor,  # [n]
+        positions: Tensor | None,  # [n]
         length: int,
         nodes: int,
         ancestors: Tensor | None,  # [nodes + n, nodes + n]
@@ -77,8 +77,9 @@ class Passes(Protocol):
     ) -> Output:
         """Adds n nodes behind the `length` slots of the prefix and the `nodes` that are there.
 
-        `ancestors` is True where column is row or above it, over all nodes, the new ones last;
-        None while all of them are a chain. Logits may be on another device.
+        `ancestors` is True where column is row or above it, over all nodes, the new ones last.
+        While all of them are a chain it is None, and so are the positions in the text, which are
+        those of the slots. Logits may be on another device.
         """
 
     def crop(self, length: int) -> None:
@@ -112,20 +113,22 @@ class EagerPasses:
 
     def read(self, token_ids: Tensor, length: int, layers: Sequence[int]) -> Tensor | None:
         """See `Passes.read`."""
-        positions = torch.arange(length, length + token_ids.shape[0], device=self.device)
+        positions = self._slots(length, token_ids)
         output = self._call(token_ids, None, positions, layers, **self._last_logit_only)
         return self._states(output, layers)
 
     def forward(
         self,
         token_ids: Tensor,
-        positions: Tensor,
+        positions: Tensor | None,
         length: int,
         nodes: int,
         ancestors: Tensor | None,
         layers: Sequence[int],
     ) -> Output:
         """See `Passes.forward`."""
+        if positions is None:
+            positions = self._slots(length + nodes, token_ids)
         mask: Tensor | dict[str, Tensor] | None = None
         if ancestors is not None:
             masks = {
@@ -166,6 +169,9 @@ class EagerPasses:
         for index, (keys, values) in enumerate(zip(tensors[::2], tensors[1::2], strict=True)):
             if keys.numel():
                 self._cache.update(keys[:, :, :length], values[:, :, :length], index)
+
+    def _slots(self, first: int, token_ids: Tensor) -> Tensor:
+        return torch.arange(first, first + token_ids.shape[0], device=self.device)
 
     def _states(self, output: Any, layers: Sequence[int]) -> Tensor | None:
         if not layers:

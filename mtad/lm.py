@@ -209,16 +209,16 @@ class CachedLM:
         """
         self._check()
         count = token_ids.shape[0]
-        if parents is None and self._ancestors is None:
-            start = self.length + self.nodes
-            positions = torch.arange(start, start + count, device=self.device)
-        else:
+        positions = None
+        if parents is not None or self._ancestors is not None:
             positions = self._grow_tree(parents, count, levels)
         with self._recorder.span("verify"):
             output = self._passes.forward(
                 token_ids, positions, self.length, self.nodes, self._ancestors, layers
             )
-            logits = output.logits[:, : self.vocab_size].to(self.device)
+            logits = output.logits.to(self.device)
+            if logits.shape[1] > self.vocab_size:
+                logits = logits[:, : self.vocab_size]
         self.nodes += count
         self.passes += 1
         self.positions += count

@@ -15,12 +15,34 @@ from torch import Tensor
 from mtad.config import DecodeConfig
 from mtad.logits import TORCH_SEARCH, Logits, Search, wide
 
+_AT_ONCE = 1024
 
-def uniforms(generator: torch.Generator, count: int) -> Tensor:
-    """`count` uniforms in [0, 1) on the generator's device, float64 where there is one."""
-    device = generator.device
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.rand(count, generator=generator, device=device, dtype=dtype)
+
+class Uniforms:
+    """Gives uniforms in [0, 1) on a generator's device, float64 where there is one.
+
+    They are drawn many at a time: a call of the generator takes as long as a small step of a rule.
+    A CPU's give the numbers that they would give one by one.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+        self._drawn = self._draw(0)
+        self._used = 0
+
+    def __call__(self, count: int) -> Tensor:
+        """The next ones, [count]."""
+        missing = self._used + count - self._drawn.shape[0]
+        if missing > 0:
+            more = self._draw(max(missing, _AT_ONCE))
+            self._drawn, self._used = torch.cat([self._drawn[self._used :], more]), 0
+        start, self._used = self._used, self._used + count
+        return self._drawn[start : self._used]
+
+    def _draw(self, count: int) -> Tensor:
+        device = self._generator.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        return torch.rand(count, generator=self._generator, device=device, dtype=dtype)
 
 
 # Up to so many pairs of tokens are compared, so that two small supports need no dense row.

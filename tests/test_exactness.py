@@ -128,10 +128,8 @@ def enumerating(branches: Branches, module: Any, monkeypatch: pytest.MonkeyPatch
             left[picked[-1]] = 0.0
         return torch.tensor(picked)
 
-    for drawing in (module, common):  # the draft's, and those that a rule gets
-        monkeypatch.setattr(
-            drawing, "uniforms", lambda generator, count: LazyColumn(branches, count)
-        )
+    # The draft's, and those that a rule gets.
+    monkeypatch.setattr(common, "Uniforms", lambda _: lambda count: LazyColumn(branches, count))
     monkeypatch.setattr(module, "draw", draw)
     if hasattr(module, "draw_distinct"):
         monkeypatch.setattr(module, "draw_distinct", draw_distinct)

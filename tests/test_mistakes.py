@@ -18,7 +18,7 @@ from mtad.draft import LMDrafter
 from mtad.errors import MtadError
 from mtad.growth import beam_weights
 from mtad.lm import CachedLM
-from mtad.sampling import Warped, draw_distinct, uniforms, warp
+from mtad.sampling import Uniforms, Warped, draw_distinct, warp
 from mtad.text import encode_prompt
 from tests.models import tiny
 from tests.tables import TableLM
@@ -75,7 +75,7 @@ def check_logprobs_follow_the_ancestry(read: Callable[[list[Beams], Tensor], Ten
             torch.tensor([1]),
             4,
             DecodeConfig(beam_width=4, top_k=0, top_p=1.0),
-            torch.Generator().manual_seed(seed),
+            Uniforms(torch.Generator().manual_seed(seed)),
             never,
         )
         best = history[-1].best()
@@ -111,7 +111,7 @@ def check_only_possible_tokens_are_drawn(draw: Callable[[Tensor, int], list[int]
 
 def test_3_zero_probability_draws() -> None:
     def race(probabilities: Tensor, count: int) -> list[int]:
-        chance = uniforms(torch.Generator().manual_seed(0), 5)
+        chance = Uniforms(torch.Generator().manual_seed(0))(5)
         picked = draw_distinct(probabilities.log(), chance, count)
         return [int(i) for i in picked if probabilities[i] > 0]  # a slot of −∞ is dead
 
@@ -207,11 +207,12 @@ def check_every_position_has_its_own_uniform() -> None:
 def test_6_uniforms(monkeypatch: pytest.MonkeyPatch) -> None:
     check_every_position_has_its_own_uniform()
 
-    def reseeded(generator: torch.Generator, count: int) -> Tensor:
-        each = [uniforms(generator.manual_seed(0), 1) for _ in range(count)]
-        return torch.cat(each) if each else torch.empty(0)
+    class Reseeded(Uniforms):
+        def __call__(self, count: int) -> Tensor:
+            each = [Uniforms(torch.Generator().manual_seed(0))(1) for _ in range(count)]
+            return torch.cat(each) if each else torch.empty(0)
 
-    monkeypatch.setattr(speculative, "uniforms", reseeded)
+    monkeypatch.setattr(common, "Uniforms", Reseeded)
     with pytest.raises(AssertionError):
         check_every_position_has_its_own_uniform()
 

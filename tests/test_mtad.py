@@ -21,7 +21,7 @@ from mtad.draft import LMDrafter
 from mtad.errors import BudgetError, Cancelled, ConfigError, PairError
 from mtad.growth import beam_weights
 from mtad.lm import CachedLM
-from mtad.sampling import score, warp
+from mtad.sampling import Uniforms, score, warp
 from tests.models import tiny
 from tests.tables import TableLM
 
@@ -164,7 +164,7 @@ def test_hypotheses_are_distinct_and_their_joints_are_sums(temperature: float) -
     lm.prefill(torch.tensor([0]))
     config = DecodeConfig(beam_width=4, temperature=temperature, top_k=0, top_p=1.0)
     generator = torch.Generator().manual_seed(1)
-    history = grow_beams(lm.next_logits, torch.tensor([1]), 4, config, generator, never)
+    history = grow_beams(lm.next_logits, torch.tensor([1]), 4, config, Uniforms(generator), never)
     for beams in history:
         sequences = [tuple(row) for row in beams.token_ids.tolist()]
         assert len(set(sequences)) == 4
@@ -180,7 +180,8 @@ def test_beam_search_at_temperature_zero_takes_the_largest() -> None:
     lm = TableLM(4, seed=5)
     lm.prefill(torch.tensor([0]))
     config = DecodeConfig(beam_width=4, temperature=0.0)
-    history = grow_beams(lm.next_logits, torch.tensor([1]), 2, config, torch.Generator(), never)
+    uniforms = Uniforms(torch.Generator())
+    history = grow_beams(lm.next_logits, torch.tensor([1]), 2, config, uniforms, never)
     joints = {}
     for a, b in itertools.product(range(4), repeat=2):
         first = lm.logits_after([0, 1]).log_softmax(-1)[a]
@@ -210,10 +211,10 @@ def test_one_step_of_beam_sampling_has_its_law() -> None:
     weights = (joint.exp().unsqueeze(-1) * conditionals).flatten()
     law = weights / weights.sum()
     config = DecodeConfig(top_k=0, top_p=1.0)
-    generator = torch.Generator().manual_seed(0)
+    uniforms = Uniforms(torch.Generator().manual_seed(0))
     counts = torch.zeros(6, dtype=torch.float64)
     for _ in range(4000):
-        grown = two.grow(conditionals.log(), 2, config, generator, never)
+        grown = two.grow(conditionals.log(), 2, config, uniforms, never)
         counts[3 * int(grown.came_from[0]) + int(grown.token_ids[0, 1])] += 1
     chi_square = float(((counts - 4000 * law) ** 2 / (4000 * law)).sum())
     assert chi_square < 51.2
@@ -225,7 +226,12 @@ def test_a_finished_hypothesis_competes_by_its_joint_and_spends_no_node() -> Non
     eos = int(lm.logits_after([0, 1]).argmax())
     config = DecodeConfig(beam_width=3, temperature=0.0)
     history = grow_beams(
-        lm.next_logits, torch.tensor([1]), 4, config, torch.Generator(), lambda t: t == eos
+        lm.next_logits,
+        torch.tensor([1]),
+        4,
+        config,
+        Uniforms(torch.Generator()),
+        lambda t: t == eos,
     )
     final = history[-1]
     ended = final.token_ids[:, 0] == eos

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import platform
+import re
 import shutil
 import subprocess
 import threading
@@ -24,11 +26,12 @@ from mtad.logits import TORCH_SEARCH, Columns, Logits, Search
 from mtad.native import abi, library
 from mtad.native.linear import matrix
 from mtad.native.llama import NativeLlama, unsupported_reason
+from mtad.native.memory import Arena
 from mtad.native.packing import CODES4, CODES8, FLOAT32, Packed, pack, unpack
 from mtad.native.rows import NATIVE_SEARCH
 from mtad.native.threads import Context, context, lent_threads
 from mtad.processor import cpu_flags
-from mtad.sampling import draw, warp
+from mtad.sampling import Uniforms, draw, warp
 from tests.models import tiny
 
 pytestmark = pytest.mark.skipif(
@@ -251,7 +254,7 @@ def test_a_cache_that_grows_loses_nothing() -> None:
     text = torch.randint(VOCABULARY, (1100,))
     lm = CachedLM(llama)
     lm.prefill(text[:1099])
-    whole = llama.model.cache(slots=1100).forward(llama.embed(text), torch.arange(1100), 0, 1100)
+    whole = llama.model.cache(slots=1100).forward(text, 0, 1100)
     assert whole.logits is not None
     assert torch.equal(lm.forward(text[1099:]).logits[0], whole.logits[-1])
 
@@ -262,9 +265,7 @@ def test_texts_in_lockstep_are_those_one_by_one() -> None:
     together = llama.model.cache(5, 21)
     steps = []
     for place in range(21):
-        rows = together.forward(
-            llama.embed(texts[:, place]), torch.full((5,), place), place, 1, layers=(1, 3)
-        )
+        rows = together.forward(texts[:, place], place, 1, layers=(1, 3))
         assert rows.logits is not None and rows.tapped is not None
         steps.append(torch.cat([rows.logits, rows.tapped], -1))
     for text, found in zip(texts, torch.stack(steps, 1), strict=True):
@@ -276,13 +277,56 @@ def test_texts_in_lockstep_are_those_one_by_one() -> None:
 def test_rows_that_are_skipped_get_no_logits() -> None:
     llama = NativeLlama(tiny_llama())
     text = torch.randint(VOCABULARY, (9,))
-    places = torch.arange(9)
-    whole = llama.model.cache().forward(llama.embed(text), places, 0, 9)
+    whole = llama.model.cache().forward(text, 0, 9, layers=(3,))
     for layers in ((), (3,)):
-        cut = llama.model.cache().forward(llama.embed(text), places, 0, 9, layers=layers, skipped=7)
+        cut = llama.model.cache().forward(text, 0, 9, layers=layers, skipped=7)
         assert whole.logits is not None and cut.logits is not None
         assert torch.equal(cut.logits, whole.logits[7:])
-        assert torch.equal(cut.states, whole.states)
+        assert cut.tapped is None or torch.equal(cut.tapped, whole.tapped)
+
+
+def test_a_token_of_no_vocabulary_is_refused_before_anything_is_read() -> None:
+    lm = CachedLM(NativeLlama(tiny_llama()))
+    lm.prefill(torch.tensor([3, 4, 5]))
+    for token in (-1, VOCABULARY, 2**40):
+        with pytest.raises(IndexError, match=f"{token}.* from 0 to {VOCABULARY - 1}"):
+            lm.forward(torch.tensor([1, token]))
+    untouched = CachedLM(NativeLlama(tiny_llama()))
+    untouched.prefill(torch.tensor([3, 4, 5]))
+    text = torch.tensor([6, 7])
+    assert torch.equal(lm.forward(text).logits, untouched.forward(text).logits)
+
+
+def test_weights_lie_in_memory_that_asked_for_large_pages() -> None:
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        pytest.skip("only Linux has them")
+    arena = Arena()
+    first = arena.place(torch.arange(100, dtype=torch.uint8))
+    second = arena.place(torch.arange(50, dtype=torch.uint8))
+    assert first.tolist() == list(range(100)) and second.tolist() == list(range(50))
+    assert first.data_ptr() % 64 == second.data_ptr() % 64 == 0
+    large = arena.place(torch.ones(65 * 2**20, dtype=torch.uint8))
+    assert bool(large.all()) and first.tolist() == list(range(100))
+    flags = flags_of_memory(first.data_ptr())
+    if flags is None:
+        pytest.skip("this system does not say what it was asked for")
+    assert "hg" in flags
+
+
+def flags_of_memory(address: int) -> list[str] | None:
+    """What Linux notes of the memory at an address."""
+    try:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+    except OSError:
+        return None
+    inside = False
+    for line in lines:
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return None
 
 
 # Wide rows
@@ -390,14 +434,14 @@ def test_a_step_of_beam_sampling_is_that_of_torch(width: int, head: str) -> None
     """To the token, past ends of sequences and with slots that stay dead."""
     config = mtad.DecodeConfig(top_k=3, top_p=0.8)
     beams: list[Beams] = [Beams.root(torch.device("cpu"))] * 2
-    generators = [torch.Generator().manual_seed(7) for _ in beams]
+    uniforms = [Uniforms(torch.Generator().manual_seed(7)) for _ in beams]
     for step in range(6):
         values = 3 * torch.randn(beams[0].joint.shape[0], 9)
         for at, search in enumerate((TORCH_SEARCH, NATIVE_SEARCH)):
             logits = rows_of(head, values, search)
             record = 2 if head == "whole" else 0  # a draft's are not recorded
             beams[at] = beams[at].grow(
-                logits, width, config, generators[at], lambda ids: ids % 4 == 0, record=record
+                logits, width, config, uniforms[at], lambda ids: ids % 4 == 0, record=record
             )
         ours, theirs = vars(beams[1]), vars(beams[0])
         living = beams[0].joint > -torch.inf
@@ -410,9 +454,9 @@ def test_a_step_of_beam_sampling_is_that_of_torch(width: int, head: str) -> None
 def test_a_nan_spoils_a_step_of_beam_sampling() -> None:
     values = torch.randn(1, 9)
     values[0, 5] = torch.nan
-    config, generator = mtad.DecodeConfig(top_k=3), torch.Generator()
+    config, uniforms = mtad.DecodeConfig(top_k=3), Uniforms(torch.Generator())
     logits = Logits(values, search=NATIVE_SEARCH)
-    grown = Beams.root(values.device).grow(logits, 4, config, generator, lambda ids: ids < 0)
+    grown = Beams.root(values.device).grow(logits, 4, config, uniforms, lambda ids: ids < 0)
     assert grown.joint.isnan().all() and grown.logprobs.isnan().all()
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mtad.config import DecodeConfig
 from mtad.sampling import (
+    Uniforms,
     Warped,
     draw,
     draw_distinct,
@@ -184,3 +185,13 @@ def test_a_top_p_that_float32_rounds_to_zero_keeps_the_best_token(top_p: float) 
     for top_k in (0, 2):
         row = warp(logits, DecodeConfig(top_k=top_k, top_p=top_p))
         assert row.dense().exp().tolist() == [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+
+
+def test_uniforms_are_those_of_single_calls_whatever_is_asked_for_at_a_time() -> None:
+    counts = [1, 0, 3, 700, 400, 1, 2000, 5]
+    uniforms = Uniforms(torch.Generator().manual_seed(5))
+    found = [uniforms(count) for count in counts]
+    assert [one.shape[0] for one in found] == counts
+    generator = torch.Generator().manual_seed(5)
+    single = [torch.rand(1, generator=generator, dtype=torch.float64) for _ in range(sum(counts))]
+    assert torch.equal(torch.cat(found), torch.cat(single))

@@ -28,7 +28,6 @@ from mtad.logits import Logits
 from mtad.pairs import ModelPair, as_drafter
 from mtad.recording import synchronize
 from mtad.runner import decoding, device_lock
-from mtad.sampling import uniforms
 
 CONTEXT_TOKENS = 200
 ROUNDS = 15
@@ -228,11 +227,10 @@ class _Bench:
             whole = state.block_draft
             if whole is None or rows not in (1, self._beam_width):
                 return False
-            chance = functools.partial(uniforms, state.generator)
             steps = _LATER_STEPS + 1  # one more draw than there are steps
             if rows == 1:
-                return whole.draft_line(logits, config, chance(steps)) is not None
-            return whole.draft_beams(logits, config, steps, chance, state.eos) is not None
+                return whole.draft_line(logits, config, state.uniforms(steps)) is not None
+            return whole.draft_beams(logits, config, steps, state.uniforms, state.eos) is not None
 
         by_step = chain_by_step if rows == 1 else beams_by_step
 

@@ -100,7 +100,7 @@ class _LlamaArena(Arena):
         rows: int,
         first: int,
         length: int,
-        positions: Tensor,  # [n]
+        positions: Tensor | None,  # [n]
         visible: Tensor | None,  # [n, nodes]
     ) -> _Inputs:
         """The inputs of a pass of n rows, padded to `rows`, in places that stay the same."""
@@ -109,7 +109,7 @@ class _LlamaArena(Arena):
         whole.token_ids[:count] = token_ids
         whole.first.fill_(first)
         ids = whole.token_ids[:rows]
-        if visible is None:
+        if visible is None or positions is None:
             return _Inputs(ids, whole.first, whole.length)
         whole.length.fill_(length)
         whole.positions[:count] = positions
@@ -137,7 +137,7 @@ class CudaPasses:
     def forward(
         self,
         token_ids: Tensor,
-        positions: Tensor,
+        positions: Tensor | None,
         length: int,
         nodes: int,
         ancestors: Tensor | None,
@@ -188,7 +188,7 @@ class CudaPasses:
     ) -> _Inputs:
         start = torch.full((1,), first, device=self.device)
         end = torch.full((1,), length, device=self.device)
-        return _Inputs(token_ids, start, end, None if visible is None else positions, visible)
+        return _Inputs(token_ids, start, end, positions, visible)
 
     def _outputs(
         self, inputs: _Inputs, bucket: int, taps: tuple[int, ...]

@@ -51,7 +51,9 @@ def decode(
         logits = target.forward(rows, parents).logits
         held = torch.arange(first, target.nodes, device=target.device)
         slots = torch.cat([slots, held.unsqueeze(-1)], dim=-1)
-        beams = beams.grow(logits, width, config, generator, state.is_eos, record=NUM_ALTERNATIVES)
+        beams = beams.grow(
+            logits, width, config, state.uniforms, state.is_eos, record=NUM_ALTERNATIVES
+        )
         slots = slots.index_select(0, beams.came_from)
         over, decision = read_best(beams, config)
         done = over or beams.steps == config.max_new_tokens

@@ -19,7 +19,7 @@ from mtad.config import DecodeConfig
 from mtad.growth import append, grown
 from mtad.histories import Histories
 from mtad.logits import Logits, wide
-from mtad.sampling import narrows, score, token_logprobs, top_alternatives, uniforms
+from mtad.sampling import narrows, score, token_logprobs, top_alternatives
 
 _COLUMNS = [field.name for field in dataclasses.fields(Histories)]
 
@@ -62,7 +62,7 @@ class Beams(Histories):
         logits: Tensor | Logits,  # [W or 1, V]
         width: int,
         config: DecodeConfig,
-        generator: torch.Generator,
+        uniforms: Callable[[int], Tensor],
         is_eos: Callable[[Tensor], Tensor],
         *,
         record: int = 0,
@@ -77,7 +77,7 @@ class Beams(Histories):
             logits: raw logits after each hypothesis.
             width: W.
             config: how logits are warped or scored.
-            generator: for the draw.
+            uniforms: so many of them, for the draw.
             is_eos: which tokens end a sequence.
             record: how many alternatives to record; 0 records neither these nor raw_logprobs.
         """
@@ -85,7 +85,7 @@ class Beams(Histories):
         chance = None
         if config.temperature > 0.0:
             columns = config.top_k if narrows(logits, config) else logits.values.shape[-1]
-            chance = uniforms(generator, max(self.joint.shape[0] * columns, width))
+            chance = uniforms(max(self.joint.shape[0] * columns, width))
         further = self._further(logits, width, config, chance, recorded=not record)
         token, slot = further.token_ids[:, -1], further.came_from
         beams = Beams(
@@ -147,7 +147,7 @@ def grow_beams(
     pending: Tensor,
     steps: int,
     config: DecodeConfig,
-    generator: torch.Generator,
+    uniforms: Callable[[int], Tensor],
     is_eos: Callable[[Tensor], Tensor],
     *,
     record: int = 0,
@@ -160,14 +160,14 @@ def grow_beams(
             and the slots of step s its nodes m + (s − 1)·W onward. The last step's are not fed.
         steps: how many tokens each hypothesis gets.
         config: beam_width and the warp are read.
-        generator: for the draws.
+        uniforms: so many of them, for the draws.
         is_eos: which tokens end a sequence.
         record: see `Beams.grow`.
     """
     width, waiting = config.width, pending.shape[0]
     logits = next_logits(pending, None)[-1:]
     history = [
-        Beams.root(pending.device).grow(logits, width, config, generator, is_eos, record=record)
+        Beams.root(pending.device).grow(logits, width, config, uniforms, is_eos, record=record)
     ]
     for step in range(1, steps):
         beams = history[-1]
@@ -176,5 +176,5 @@ def grow_beams(
         else:
             parents = waiting + beams.nodes[:, -2]
         logits = next_logits(beams.token_ids[:, -1], parents)
-        history.append(beams.grow(logits, width, config, generator, is_eos, record=record))
+        history.append(beams.grow(logits, width, config, uniforms, is_eos, record=record))
     return history

@@ -16,7 +16,7 @@ from mtad.decoders.common import Proposal, State, Verdict, check_finite
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.logits import Logits, wide
-from mtad.sampling import draw, token_logprobs, uniforms, warp
+from mtad.sampling import draw, token_logprobs, warp
 from mtad.trace import Decision
 from mtad.verify import leading_run, rollback_keeps
 
@@ -72,7 +72,7 @@ def write_while_sure(state: State, length: int) -> Proposal:
         sure = peak >= state.config.fallback_threshold
         if sure:
             row = warp(logits, state.config)
-            unread = draw(row, uniforms(state.generator, 1)[0]).view(1)
+            unread = draw(row, state.uniforms(1)[0]).view(1)
             token_ids.append(unread)
             logprobs.append(row.logprob_of(unread[0]).view(1))
             sure = int(unread) not in state.eos_ids

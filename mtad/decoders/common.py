@@ -11,7 +11,6 @@ whether to go on, and `specinfer` tests its tree on the host.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -29,7 +28,7 @@ from mtad.histories import Histories
 from mtad.lm import CachedLM
 from mtad.logits import Logits, wide
 from mtad.pace import Pace, WidthPace
-from mtad.sampling import narrows, token_logprobs, top_alternatives, uniforms
+from mtad.sampling import Uniforms, narrows, token_logprobs, top_alternatives
 from mtad.trace import Alternative, Decision, DraftTree, FinalKind
 
 NUM_ALTERNATIVES = 5
@@ -129,7 +128,7 @@ class State:
         config: resolved.
         block_config: the same with the W of the next block.
         rule_config: the same without what no rule reads, such as the seed.
-        generator: makes every random choice, on the target's device.
+        uniforms: of which every random choice is made, on the target's device.
         eos_ids: end-of-sequence tokens; empty with `ignore_eos`.
         eos: the same on the device.
         pending: [1] the last emitted token, not yet in the target's cache.
@@ -148,7 +147,7 @@ class State:
     config: DecodeConfig
     block_config: DecodeConfig
     rule_config: DecodeConfig
-    generator: torch.Generator
+    uniforms: Uniforms
     eos_ids: frozenset[int]
     eos: Tensor
     pending: Tensor
@@ -193,7 +192,7 @@ class State:
             config=config,
             block_config=dataclasses.replace(config, beam_width=config.width, iteration_costs=None),
             rule_config=_for_rules(config),
-            generator=generator,
+            uniforms=Uniforms(generator),
             eos_ids=eos_ids,
             eos=torch.tensor(sorted(eos_ids), dtype=torch.int64, device=target.device),
             pending=prompt[-1:],
@@ -247,8 +246,7 @@ class State:
         """
         config, first = self.block_config, self.draft_logits(self.draft_pending)[-1:]
         if self.block_draft is not None and narrows(first, config):
-            chance = functools.partial(uniforms, self.generator)
-            found = self.block_draft.draft_beams(first, config, steps, chance, self.eos)
+            found = self.block_draft.draft_beams(first, config, steps, self.uniforms, self.eos)
             if found is not None:
                 self.draft_passes += steps - 1
                 return found
@@ -257,7 +255,7 @@ class State:
             return first if parents is None else self.draft_logits(token_ids, parents)
 
         return grow_beams(
-            next_logits, self.draft_pending, steps, config, self.generator, self.is_eos
+            next_logits, self.draft_pending, steps, config, self.uniforms, self.is_eos
         )
 
     def is_eos(self, token_ids: Tensor) -> Tensor:
@@ -312,7 +310,7 @@ class State:
 
         columns = (getattr(proposal, name) for name in _COLUMNS)
         key = rule, config, proposal.levels, proposal.chain
-        chance = uniforms(self.generator, chances)
+        chance = self.uniforms(chances)
         return self._settle(proposal, logits.stretch(key, compute, chance, *columns, *drafted))
 
     def conclude(self, proposal: Proposal, logits: Logits, verdict: Verdict) -> Decision:

@@ -20,7 +20,6 @@ from mtad.decoders.common import NUM_ALTERNATIVES, State
 from mtad.decoders.exact import search_exact
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
-from mtad.sampling import uniforms
 from mtad.trace import Decision
 
 
@@ -58,7 +57,7 @@ def _beam_step(state: State, length: int) -> tuple[Decision, Tensor]:
         state.pending,
         length,
         state.config,
-        state.generator,
+        state.uniforms,
         state.is_eos,
         record=NUM_ALTERNATIVES,
     )[-1]
@@ -77,8 +76,7 @@ def _exact_step(state: State, length: int) -> tuple[Decision, Tensor]:
     if config.temperature == 0.0:
         index = int(blocks.joint.argmax())
     else:
-        uniform = uniforms(state.generator, 1)
-        index = blocks.choose(config.joint_temperature, uniform)
+        index = blocks.choose(config.joint_temperature, state.uniforms(1))
     block = blocks.block(index)
     return (
         Decision(

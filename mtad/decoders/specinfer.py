@@ -19,7 +19,7 @@ from mtad.decoders.speculative import draft_block
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.pace import TreePace
-from mtad.sampling import Warped, draw, draw_distinct, uniforms, unwarped, warp
+from mtad.sampling import Warped, draw, draw_distinct, unwarped, warp
 from mtad.trace import Decision
 from mtad.verify import multi_candidate
 
@@ -45,7 +45,7 @@ def decode(
         logits = state.verify(tree)
         rows = warp(logits, config)
         target_logprobs = rows.select(tree.parents + 1).logprob_of(tree.token_ids)
-        walk = walk_down(candidates, rows, uniforms(generator, tree.token_ids.shape[0]), config)
+        walk = walk_down(candidates, rows, state.uniforms(tree.token_ids.shape[0]), config)
         if pace is not None:
             pace.observe(walk.tests)
             shape = pace.tree
@@ -59,7 +59,7 @@ def decode(
                 target_logprobs,
                 path=path.to(device),
                 accepted=torch.tensor(len(walk.path), device=device),
-                final_token=draw(walk.final, uniforms(generator, 1)[0].cpu()).to(device),
+                final_token=draw(walk.final, state.uniforms(1)[0].cpu()).to(device),
                 corrects=True,
                 scores=walk.scores.to(device),
                 thresholds=walk.thresholds.to(device),
@@ -145,13 +145,13 @@ def _children(
             row.logprobs.repeat_interleave(count, 0),
             row.vocab_size,
         )
-        tokens = draw(repeated, uniforms(state.generator, size * count))
+        tokens = draw(repeated, state.uniforms(size * count))
         return tokens, count, torch.ones_like(tokens, dtype=torch.bool)
     count = min(count, support)
     if config.temperature == 0.0:
         columns = row.logprobs.topk(count, dim=-1).indices
     else:
-        chance = uniforms(state.generator, size * support).view(size, support)
+        chance = state.uniforms(size * support).view(size, support)
         columns = torch.stack(
             [draw_distinct(row.logprobs[i], chance[i], count) for i in range(size)]
         )

@@ -16,7 +16,7 @@ from mtad.decoders.common import Proposal, State, Verdict
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.logits import Logits
-from mtad.sampling import Warped, draw, narrows, residual, uniforms, warp
+from mtad.sampling import Warped, draw, narrows, residual, warp
 from mtad.trace import Decision
 from mtad.verify import leading_run, rejection_ratios
 
@@ -70,7 +70,7 @@ def draft_block(state: State, length: int) -> tuple[Proposal, Warped | None]:
     """γ tokens from q, one at a time, and the rows [γ, K] that they were drawn from."""
     if length == 0:
         return Proposal.nothing(state.target.device), None
-    chance = uniforms(state.generator, length)
+    chance = state.uniforms(length)
     first = state.draft_logits(state.draft_pending)[-1:]
     drawn = state.draft_line(first, chance) or _line(state, first, chance, length)
     tokens, logprobs, ids, rows = drawn

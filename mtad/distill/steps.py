@@ -87,8 +87,7 @@ def native_steps(
 
     def step(tokens: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal written
-        place = torch.full((rows,), written)
-        output = cache.forward(model.embed(tokens), place, written, 1, layers=target_layers)
+        output = cache.forward(tokens, written, 1, layers=tuple(target_layers))
         written += 1
         assert output.logits is not None
         return output.logits, output.logits[:, :0] if output.tapped is None else output.tapped

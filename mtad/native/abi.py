@@ -52,6 +52,8 @@ class Model(ctypes.Structure):
         ("eps", ctypes.c_float),
         ("cosines", _Pointer),
         ("sines", _Pointer),
+        ("embedding", _Pointer),
+        ("vocabulary", ctypes.c_int32),
         ("layer", ctypes.POINTER(Layer)),
         ("norm", _Pointer),
         ("head", Matrix),
@@ -76,7 +78,7 @@ class Pass(ctypes.Structure):
         ("rows", ctypes.c_int32),
         ("prefix", ctypes.c_int32),
         ("nodes", ctypes.c_int32),
-        ("states", _Pointer),
+        ("tokens", _Pointer),
         ("positions", _Pointer),
         ("visible", _Pointer),
         ("logits", _Pointer),
@@ -86,6 +88,7 @@ class Pass(ctypes.Structure):
         ("tapped", _Pointer),
         ("more", ctypes.POINTER(Matrix)),
         ("from_", ctypes.c_int32),
+        ("states", _Pointer),
     )
 
 

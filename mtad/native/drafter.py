@@ -21,6 +21,7 @@ from mtad.histories import Histories
 from mtad.logits import NO_TOKEN, Logits
 from mtad.native import abi
 from mtad.native.draft import NativeDraft
+from mtad.native.memory import floats
 from mtad.native.packing import BLOCK
 from mtad.native.rows import NARROW, NATIVE_SEARCH
 from mtad.native.threads import context
@@ -104,8 +105,8 @@ class NativeDrafter:
         steps, choices = uniform.shape[0], config.top_k
         block, _held = self._block(logits, config, steps, 1)
         token_ids = torch.empty(steps, choices, dtype=torch.int64)
-        values, logprobs = _floats(2, steps, choices)
-        drawn, picked = torch.empty(steps, dtype=torch.int64), _floats(steps)
+        values, logprobs = floats(2, steps, choices)
+        drawn, picked = torch.empty(steps, dtype=torch.int64), floats(steps)
         uniform = uniform.contiguous()
         results = uniform, drawn, picked, values, token_ids, logprobs
         self._call("mtad_line", abi.Line(block, *(each.data_ptr() for each in results)))
@@ -127,7 +128,7 @@ class NativeDrafter:
         block, _held = self._block(logits, config, steps, width)
         candidates = width * choices
         uniform = chance(max(choices, width) + (steps - 1) * candidates)
-        values, warped = _floats(2, candidates)
+        values, warped = floats(2, candidates)
         best = torch.empty(candidates, dtype=torch.int64)
         races = torch.empty(candidates, dtype=torch.float64)
         tokens, parents = torch.empty(2, width, dtype=torch.int64)
@@ -175,9 +176,9 @@ class NativeDrafter:
         self._text = torch.full((size + _FIRST_TEXT,), NO_TOKEN)
         self._tokens = self._parents = torch.empty(0, dtype=torch.int64)
         self._tails = torch.empty(0, size, dtype=torch.int64)
-        self._given = _floats(0, self._width)  # of the prefix, then of each entry
+        self._given = floats(0, self._width)  # of the prefix, then of each entry
         # The target's, from there: zeros before the first token of a text.
-        self._states = _floats(0 if position else 1, self._width).zero_()
+        self._states = floats(0 if position else 1, self._width).zero_()
         self._propose(token_ids)  # all at once: columns stand as they would for a whole prompt
         self._append(token_ids[:position])
         self._begin(self._tokens)
@@ -241,7 +242,7 @@ class NativeDrafter:
         books.more = None if self._more is None else ctypes.pointer(self._more)
         more = 0 if self._more is None else self._more.rows
         self._stride = self._native.model.head_rows + more
-        self._scratch = _floats(0)
+        self._scratch = floats(0)
 
     def _drop(self, count: int) -> None:
         """The first entries become a part of the prefix: their slots stay as they are."""
@@ -278,7 +279,7 @@ class NativeDrafter:
             self._exact = 0 if parents is not None else count
             known = min(self._states.shape[0], 1 + self._unread + self._exact)
             self._given[:known] = self._states[:known]
-        logits = _floats(count, self._stride)
+        logits = floats(count, self._stride)
         self._cache.reserve(self._books.prefix + end, self._books.prefix + old)
         token_ids = token_ids.contiguous()
         parents = None if parents is None else parents.contiguous()
@@ -302,7 +303,7 @@ class NativeDrafter:
         self._reserve(end)
         self._cache.reserve(self._books.prefix + end, self._books.prefix + first)
         if self._scratch.shape[0] < width * self._stride:
-            self._scratch = _floats(width * self._stride)
+            self._scratch = floats(width * self._stride)
         row = logits.values.contiguous()
         block = abi.Block(
             *(steps, first, config.top_k, config.temperature, config.top_p),
@@ -335,7 +336,7 @@ class NativeDrafter:
         size, old = 2 * entries + 64, size
         tokens, parents, given, tails = self._tokens, self._parents, self._given, self._tails
         self._tokens, self._parents = torch.empty(2, size, dtype=torch.int64)
-        self._given = _floats(size, self._width)
+        self._given = floats(size, self._width)
         self._tails = torch.empty(size, self._tail, dtype=torch.int64)
         self._tokens[:old], self._parents[:old] = tokens, parents
         self._given[:old], self._tails[:old] = given, tails
@@ -390,8 +391,3 @@ _KINDS = {
     "came_from": torch.int64,
 }
 _WIDE, _FLAT = ("token_ids", "logprobs", "nodes", "real"), ("joint", "finished", "came_from")
-
-
-def _floats(*shape: int) -> Tensor:
-    """Not of torch's default type, which another thread changes while it loads a model."""
-    return torch.empty(*shape, dtype=torch.float32)

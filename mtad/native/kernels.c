@@ -89,6 +89,8 @@ typedef struct {
     int32_t layers, width, heads, kv_heads, head_size, mlp;
     float eps;
     const float *cosines, *sines; /* [positions, head_size / 2] */
+    const float *embedding;       /* [vocabulary, width], or NULL for layers of a draft */
+    int32_t vocabulary;
     const Layer *layer;
     const float *norm;            /* before the head */
     Matrix head;
@@ -107,8 +109,8 @@ typedef struct {
  * and sees all of its own text; `nodes` is then 1. */
 typedef struct {
     int32_t rows, prefix, nodes;
-    float *states;            /* [rows, width] in: embeddings, out: what the last layer gives */
-    const int32_t *positions; /* [rows] */
+    const int64_t *tokens;    /* [rows] */
+    const int64_t *positions; /* [rows] in the text; NULL where they are those of the slots */
     const uint8_t *visible;   /* [rows, nodes] who sees which slot; NULL for a chain */
     float *logits;            /* [rows − skipped, head rows], or NULL */
     int32_t skipped;          /* rows at the beginning whose logits nobody wants */
@@ -117,6 +119,7 @@ typedef struct {
     float *tapped;            /* [rows, taps, width] */
     const Matrix *more;       /* more rows of the head, with which logits are as wide as both; NULL */
     int32_t from;             /*   for none. Theirs begin at this column, over what stands there */
+    float *states;            /* [rows, width] scratch: what goes into a layer, and comes out */
 } Pass;
 
 /* The input of a product: floats, and where codes meet it also codes. */
@@ -772,10 +775,11 @@ static void place(const Seat *s, const Forward *f, int layer) {
     /* Head by head: keys of neighbouring rows lie in the same cache lines. */
     PARALLEL(s, pass->rows * model->kv_heads) {
         const int row = item % pass->rows, kv = item / pass->rows;
-        const float *cosine = model->cosines + (size_t)pass->positions[row] * half;
-        const float *sine = model->sines + (size_t)pass->positions[row] * half;
         const int text = several ? row : 0, before = several ? 0 : pass->nodes - pass->rows + row;
         const size_t slot = (size_t)(pass->prefix + before);
+        const size_t position = pass->positions ? (size_t)pass->positions[row] : slot;
+        const float *cosine = model->cosines + position * half;
+        const float *sine = model->sines + position * half;
         float *heads = f->qkv + (size_t)row * all * size;
         for (int h = kv * share; h < (kv + 1) * share; h++)
             rotate(heads + h * size, heads + h * size + half, cosine, sine, half);
@@ -1136,12 +1140,30 @@ static char *cut_forward(Context *c, Forward *f, size_t widest, size_t more) {
     return at;
 }
 
-/* One pass through all layers. 0 if it was done, 1 where memory is missing. */
-int mtad_forward(Context *c, const Model *model, Cache *cache, const Pass *pass) {
+static void text_work(const Seat *s, void *argument) {
+    const Forward *f = argument;
+    const Pass *pass = f->pass;
+    const size_t width = (size_t)f->model->width;
+    PARALLEL(s, pass->rows) {
+        const float *embedded = f->model->embedding + (size_t)pass->tokens[item] * width;
+        memcpy(pass->states + (size_t)item * width, embedded, width * sizeof(float));
+    }
+    meet(s);
+    forward_work(s, argument);
+}
+
+/* One pass through all layers. 0 if it was done, 1 where memory is missing, 2 where a token is none
+ * of the vocabulary. */
+int mtad_forward(Context *c, const Model *model, Cache *cache, Pass *pass) {
     Forward f = {.model = model, .cache = cache, .pass = pass};
-    if (!cut_forward(c, &f, 0, 0)) return 1;
+    for (int row = 0; row < pass->rows; row++)
+        if (pass->tokens[row] < 0 || pass->tokens[row] >= model->vocabulary) return 2;
+    const size_t bytes = (size_t)pass->rows * (size_t)model->width * sizeof(float);
+    char *at = cut_forward(c, &f, 0, bytes + 64);
+    if (!at) return 1;
+    pass->states = cut(&at, bytes);
     look(&f);
-    run(c, forward_work, &f);
+    run(c, text_work, &f);
     return 0;
 }
 
@@ -1262,11 +1284,11 @@ int mtad_draft(Context *c, const Draft *draft, Cache *cache, const Books *books,
                  .logits = step->logits, .skipped = step->rows - step->fresh,
                  .more = books->more, .from = books->from};
     Drafting d = {{.model = &draft->model, .cache = cache, .pass = &pass}, draft, books, step->old};
-    const size_t more = rows * (width + 1) * sizeof(float) + seen + 3 * 64;
+    const size_t more = rows * (width * sizeof(float) + sizeof(int64_t)) + seen + 3 * 64;
     char *at = cut_forward(c, &d.forward, (size_t)draft->join.columns, more);
     if (!at) return 1;
     pass.states = cut(&at, rows * width * sizeof(float));
-    int32_t *positions = cut(&at, rows * sizeof(int32_t));
+    int64_t *positions = cut(&at, rows * sizeof(int64_t));
     uint8_t *visible = cut(&at, seen);
     memset(visible, 0, seen);
     for (int row = 0; row < step->rows; row++) {

@@ -40,7 +40,6 @@ class NativeLlama:
         config = model.config
         rotary = model.model.rotary_emb
         cosines, sines = rotary_tables(rotary.inv_freq, config.max_position_embeddings)
-        self.embedding: Tensor = model.get_input_embeddings().weight.detach()
         self.model = NativeModel(
             _layers_of(model),
             model.model.norm.weight,
@@ -50,16 +49,13 @@ class NativeLlama:
             eps=config.rms_norm_eps,
             cosines=cosines * rotary.attention_scaling,
             sines=sines * rotary.attention_scaling,
+            embedding=model.get_input_embeddings().weight,
             exact=exact,
         )
 
     def passes(self) -> NativePasses:
         """It with an empty cache."""
         return NativePasses(self)
-
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """[n] → [n, H] float32."""
-        return self.embedding.index_select(0, token_ids).float()
 
 
 class NativePasses:
@@ -68,21 +64,17 @@ class NativePasses:
     def __init__(self, llama: NativeLlama) -> None:
         self.device = torch.device("cpu")
         self.vocab_size = llama.model.head_rows
-        self._llama = llama
         self._cache = llama.model.cache()
 
     def read(self, token_ids: Tensor, length: int, layers: Sequence[int]) -> Tensor | None:
         """See `Passes.read`."""
-        count = token_ids.shape[0]
-        positions = torch.arange(length, length + count)
-        states = self._llama.embed(token_ids)
-        rows = self._cache.forward(states, positions, length, count, layers=layers, logits=False)
-        return rows.tapped
+        count, taps = token_ids.shape[0], tuple(layers)
+        return self._cache.forward(token_ids, length, count, layers=taps, logits=False).tapped
 
     def forward(
         self,
         token_ids: Tensor,
-        positions: Tensor,
+        positions: Tensor | None,
         length: int,
         nodes: int,
         ancestors: Tensor | None,
@@ -91,8 +83,9 @@ class NativePasses:
         """See `Passes.forward`."""
         count = token_ids.shape[0]
         visible = None if ancestors is None else ancestors[-count:]
-        states = self._llama.embed(token_ids)
-        rows = self._cache.forward(states, positions, length, nodes + count, visible, layers=layers)
+        rows = self._cache.forward(
+            token_ids, length, nodes + count, visible, positions, layers=tuple(layers)
+        )
         assert rows.logits is not None
         return Output(rows.logits, rows.tapped, NATIVE_SEARCH)
 

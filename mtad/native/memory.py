@@ -1,4 +1,4 @@
-"""Memory for weights, in large pages where the system has them.
+"""Memory that the kernels read: of weights in large pages, where the system has them.
 
 A pass reads every weight once. In pages of 4 KiB that is an address to be looked up for every
 seventh group of weights of a block, and those that Python and torch need are forgotten meanwhile.
@@ -16,6 +16,11 @@ _LARGE_PAGE = 2 * 2**20
 # What is not used of it costs addresses and no memory.
 _CHUNK_BYTES = 64 * 2**20
 _ALIGNMENT = 64
+
+
+def floats(*shape: int) -> Tensor:
+    """Not of torch's default type, which another thread changes while it loads a model."""
+    return torch.empty(*shape, dtype=torch.float32)
 
 
 class Arena:

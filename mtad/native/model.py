@@ -1,8 +1,8 @@
 """A stack of Llama's layers on the kernels: weights packed once, passes in one call each.
 
-`NativeModel` holds what never changes and may be shared; a `NativeCache` belongs to one run. Rows
-come in as embeddings and leave as hidden states and logits, so that the same code carries the
-layers of a draft that has no embedding of its own.
+`NativeModel` holds what never changes and may be shared; a `NativeCache` belongs to one run. Tokens
+come in and leave as hidden states and logits. A draft's layers stand here too: what goes into them
+is `mtad.native.drafter`'s business, and they have no embedding.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from mtad.native import abi
 from mtad.native.linear import matrix
-from mtad.native.memory import Arena
+from mtad.native.memory import Arena, floats
 from mtad.native.packing import BLOCK, CODES4, FLOAT32, pack
 from mtad.native.threads import context
 
 _FIRST_SLOTS = 512
+_UNKNOWN_TOKEN = 2  # what `mtad_forward` says of one
 # Weights of more bytes do not stay in a processor's cache from one pass to the next.
 _STAYING_BYTES = 16 * 2**20
 
@@ -54,12 +55,10 @@ class Rows(NamedTuple):
     """What a pass gives for n rows.
 
     Attributes:
-        states: [n, H] after the last layer, before the final norm.
         logits: [n − skipped, head rows]; None if none were asked for.
         tapped: [n, F·H] the hidden states asked for, one after the other; None if none were.
     """
 
-    states: Tensor
     logits: Tensor | None
     tapped: Tensor | None
 
@@ -85,6 +84,7 @@ class NativeModel:
         eps: float,
         cosines: Tensor,  # [P, size / 2]
         sines: Tensor,  # [P, size / 2]
+        embedding: Tensor | None = None,  # [V, H]
         exact: bool = False,
     ) -> None:
         """Packs everything: `exact` in float32, else in as few bits as lose nothing, or eight."""
@@ -112,6 +112,8 @@ class NativeModel:
             eps=eps,
             cosines=self._vector(cosines),
             sines=self._vector(sines),
+            embedding=None if embedding is None else self._rows(embedding),
+            vocabulary=0 if embedding is None else embedding.shape[0],
             layer=self._layers,
             norm=self._vector(norm),
             head=packed_head,
@@ -152,6 +154,11 @@ class NativeModel:
             down=self.matrix(weights.down, kind),
         )
 
+    def _rows(self, values: Tensor) -> int:
+        """Float32 rows that are already such stay where they are."""
+        own = values.detach().float().contiguous()
+        self._kept.append(own)
+        return own.data_ptr()
 
     def _vector(self, values: Tensor) -> int:
         own = values.detach().to("cpu", torch.float32).contiguous().clone()
@@ -171,42 +178,45 @@ class NativeCache:
         self.model = model
         self.texts = texts
         self._slots = 0
-        self._keys = self._values = torch.empty(0, dtype=torch.float32)
+        self._keys = self._values = floats(0)
         self.reserve(slots, 0)
 
     def forward(
         self,
-        states: Tensor,  # [n, H]
-        positions: Tensor,  # [n]
+        token_ids: Tensor,  # [n]
         prefix: int,
         nodes: int,
         visible: Tensor | None = None,  # [n, nodes]
+        positions: Tensor | None = None,  # [n]
         *,
-        layers: Sequence[int] = (),
+        layers: tuple[int, ...] = (),
         logits: bool = True,
         skipped: int = 0,
     ) -> Rows:
         """One pass.
 
         Args:
-            states: embeddings, float32 and contiguous; overwritten with what is returned.
-            positions: of the tokens in the text.
+            token_ids: int64.
             prefix: slots that every row sees.
             nodes: slots behind them; the last n become those of the new rows. With several texts
                 1: every text gets one.
             visible: who sees which of the nodes; None for a chain.
+            positions: of the tokens in the text, int64; None where they are those of the slots.
             layers: hidden states to return: 0 is the embedding, i what layer i gives, the
                 last one after the final norm.
             logits: whether to multiply with the head.
             skipped: so many of the first rows get no logits.
+
+        Raises:
+            IndexError: a token is none of the vocabulary; nothing was changed.
         """
-        self.reserve(prefix + nodes, prefix + nodes - (1 if self.texts > 1 else states.shape[0]))
-        model, rows = self.model, states.shape[0]
-        place = positions.to(torch.int32).contiguous()
+        model, rows = self.model, token_ids.shape[0]
+        self.reserve(prefix + nodes, prefix + nodes - (1 if self.texts > 1 else rows))
+        token_ids = token_ids.contiguous()
+        positions = None if positions is None else positions.contiguous()
         mask = None if visible is None else visible.to(torch.uint8).contiguous()
-        out = states.new_empty(rows - skipped, model.head_rows) if logits else None
-        taps = _taps(tuple(layers))
-        tapped = states.new_empty(rows, len(layers) * model.width) if layers else None
+        out = floats(rows - skipped, model.head_rows) if logits else None
+        tapped = floats(rows, len(layers) * model.width) if layers else None
         threads = context()
         failed = threads.library.mtad_forward(
             threads.pointer,
@@ -217,20 +227,25 @@ class NativeCache:
                     rows,
                     prefix,
                     nodes,
-                    states.data_ptr(),
-                    place.data_ptr(),
+                    token_ids.data_ptr(),
+                    None if positions is None else positions.data_ptr(),
                     None if mask is None else mask.data_ptr(),
                     None if out is None else out.data_ptr(),
                     skipped,
                     len(layers),
-                    taps.data_ptr(),
+                    _taps(layers).data_ptr(),
                     None if tapped is None else tapped.data_ptr(),
                 )
             ),
         )
+        if failed == _UNKNOWN_TOKEN:
+            raise IndexError(
+                f"token ids reach from {int(token_ids.min())} to {int(token_ids.max())}, but must"
+                f" be from 0 to {model.struct.vocabulary - 1}"
+            )
         if failed:
             raise MemoryError(f"no memory for a pass of {rows:,} rows")
-        return Rows(states, out, tapped)
+        return Rows(out, tapped)
 
     def move(self, slots: Tensor, start: int) -> None:
         """Moves ascending slots [k] down to start, start + 1, …; what stood there is lost."""
@@ -265,10 +280,8 @@ class NativeCache:
         shape = self.model.cache_shape(self.texts, size)
         first, heads, _, head_size = shape
         # Keys lie in blocks of 16 slots, so that a run of slots is a run of blocks.
-        # Not of torch's default type, which another thread changes while it loads a model.
-        in_blocks = first, heads, size // BLOCK, head_size * BLOCK
-        keys = torch.empty(in_blocks, dtype=torch.float32)
-        values = torch.empty(shape, dtype=torch.float32)
+        keys = floats(first, heads, size // BLOCK, head_size * BLOCK)
+        values = floats(*shape)
         if used:
             blocks = -(-used // BLOCK)
             keys[:, :, :blocks] = self._keys[:, :, :blocks]
