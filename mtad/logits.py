@@ -126,6 +126,38 @@ class Search(Protocol):
             chance: [max(R · top_k, W)] uniforms, float64.
         """
 
+    def draw_corrected(
+        self,
+        target: tuple[Tensor, Tensor],
+        draft: tuple[Tensor, Tensor],
+        accepted: Tensor,
+        uniform: Tensor,
+    ) -> Tensor | None:
+        """What follows the accepted tokens in speculative sampling, in one go; None without code.
+
+        It does what `mtad.decoders.speculative` does with `corrected_or_bonus`.
+
+        Args:
+            target: log p and tokens, [γ + 1, K] each.
+            draft: log q and tokens, [γ, K'] each.
+            accepted: [] from 0 to γ.
+            uniform: [].
+
+        Returns:
+            [] the token.
+        """
+
+    def record(
+        self,
+        logits: Logits,
+        count: int,
+        tokens: Tensor,
+        accepted: Tensor,
+        final: Tensor,
+        rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """`mtad.sampling.recorded` in one go; None without code of its own for it."""
+
     def sample(
         self, logits: Logits, top_k: int, temperature: float, top_p: float, uniform: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
@@ -200,6 +232,14 @@ class TorchSearch:
 
     def sample(self, *_: object) -> None:
         """See `Search.sample`."""
+        return None
+
+    def draw_corrected(self, *_: object) -> None:
+        """See `Search.draw_corrected`."""
+        return None
+
+    def record(self, *_: object) -> None:
+        """See `Search.record`."""
         return None
 
 
@@ -289,16 +329,20 @@ class Logits:
 
     def best(self, count: int) -> tuple[Tensor, Tensor]:
         """The largest `count` logits in float32, descending, and their tokens: [..., count]."""
+        values, tokens = self.leading(count)
+        if values.shape[-1] == count:
+            return values, tokens
+        return values[..., :count], tokens[..., :count]
+
+    def leading(self, count: int) -> tuple[Tensor, Tensor]:
+        """`best` of as many as are known, `count` or more."""
         if self._best is None or self._best[0].shape[-1] < count:
             values, places, sums = self.search.best(self._rows(), count)
             if sums is not None:
                 self._log_sums = sums.view(self.values.shape[:-1])
             shape = (*self.values.shape[:-1], count)
             self._best = values.view(shape), self.tokens_at(places.view(shape))
-        values, tokens = self._best
-        if values.shape[-1] == count:
-            return values, tokens
-        return values[..., :count], tokens[..., :count]
+        return self._best
 
     def choices(self, count: int, temperature: float, top_p: float) -> tuple[Tensor, Tensor]:
         """The tokens of `best` and their warped log-probabilities (`Search.warp`), [..., count]."""

@@ -28,6 +28,7 @@ class Uniforms:
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
         self._drawn = self._draw(0)
+        self._single: tuple[Tensor, ...] = ()
         self._used = 0
 
     def __call__(self, count: int) -> Tensor:
@@ -36,7 +37,11 @@ class Uniforms:
         if missing > 0:
             more = self._draw(max(missing, _AT_ONCE))
             self._drawn, self._used = torch.cat([self._drawn[self._used :], more]), 0
+            self._single = ()
         start, self._used = self._used, self._used + count
+        if count == 1:
+            self._single = self._single or torch.split(self._drawn, 1)
+            return self._single[start]
         return self._drawn[start : self._used]
 
     def _draw(self, count: int) -> Tensor:
@@ -226,3 +231,36 @@ def top_alternatives(
     values, token_ids = logits.best(min(count, logits.values.shape[-1]))
     logprobs = values - logits.log_sums().unsqueeze(-1)
     return (token_ids, logprobs) if rows is None else (token_ids[rows], logprobs[rows])
+
+
+def recorded(
+    logits: Logits,
+    count: int,
+    tokens: Tensor,  # [D]
+    accepted: Tensor,  # []
+    final: Tensor,  # [] or [1]
+    rows: Tensor | None = None,  # [1 + D]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a trace keeps of a pass, at temperature 1 without filters.
+
+    Args:
+        logits: [rows, V], raw.
+        count: alternatives, at most V of them.
+        tokens: along the path.
+        accepted: so many of them were emitted.
+        final: what was emitted after those.
+        rows: before each depth; one after the other by default.
+
+    Returns:
+        [1 + D] log p of what was emitted at each depth, of `tokens` beyond that; the `count` most
+        probable tokens there, [1 + D, count], and their log p.
+    """
+    count = min(count, logits.values.shape[-1])
+    found = logits.search.record(logits, count, tokens, accepted, final, rows)
+    if found is not None:
+        return found
+    emitted = final.view(1)
+    if tokens.shape[0]:
+        depths = torch.arange(tokens.shape[0] + 1, device=tokens.device)
+        emitted = torch.where(depths == accepted, final, torch.cat([tokens, emitted]))
+    return token_logprobs(logits, emitted, rows), *top_alternatives(logits, count, rows)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 import mtad
 from mtad.decoders.beams import Beams
+from mtad.decoders.speculative import corrected_or_bonus, draw_corrected_or_bonus
 from mtad.errors import PairError
 from mtad.lm import CachedLM
 from mtad.logits import TORCH_SEARCH, Columns, Logits, Search
@@ -31,7 +32,7 @@ from mtad.native.packing import CODES4, CODES8, FLOAT32, Packed, pack, unpack
 from mtad.native.rows import NATIVE_SEARCH
 from mtad.native.threads import Context, context, lent_threads
 from mtad.processor import cpu_flags
-from mtad.sampling import Uniforms, draw, warp
+from mtad.sampling import Uniforms, draw, recorded, warp
 from tests.models import tiny
 
 pytestmark = pytest.mark.skipif(
@@ -360,6 +361,52 @@ def test_a_nan_comes_first_and_spoils_the_sum() -> None:
     assert not best[0, 2:].isnan().any() and not best[1].isnan().any()
     for found in (sums, NATIVE_SEARCH.log_sums(values)):
         assert found.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_corrects_a_draft_is_drawn_as_torch_draws_it(temperature: float) -> None:
+    """At every accepted length, also where p and q are the same, or have no token in common."""
+    config = mtad.DecodeConfig(top_k=6, top_p=0.9, temperature=temperature)
+    corrected = 0
+    for seed in range(200):
+        random = torch.Generator().manual_seed(seed)
+        drafts = 2 * torch.randn(4, 24, generator=random)
+        others = 2 * torch.randn(5, 24, generator=random)
+        others[0], others[1] = drafts[0], -drafts[1]
+        target, draft = warp(Logits(others, search=NATIVE_SEARCH), config), warp(drafts, config)
+        for length in range(5):
+            uniform = torch.rand((), generator=random, dtype=torch.float64)
+            accepted = torch.tensor(length)
+            last = corrected_or_bonus(target.row(accepted), draft, accepted)
+            expected = TORCH_SEARCH.draw(last.logprobs, last.token_ids, uniform)
+            found = draw_corrected_or_bonus(target, draft, accepted, uniform)
+            assert found.shape == () and torch.equal(found, expected), (seed, length)
+            plain = draw(target.row(accepted), uniform)
+            corrected += int(found != plain)
+    assert (corrected > 50) is (temperature > 0.0)  # without it p and q are single tokens
+
+
+@pytest.mark.parametrize("chain", [True, False])
+def test_a_trace_is_told_the_same_of_a_pass_by_torch(chain: bool) -> None:
+    values = 3 * torch.randn(7, 90)
+    rows = None if chain else torch.tensor([0, 2, 5, 6])
+    tokens = torch.randint(90, (6 if chain else 3,))
+    for accepted in range(tokens.shape[0] + 1):
+        for final in (torch.tensor(17), torch.tensor([89])):
+            for known in (0, 10):  # of each row's largest, before
+                both = [Logits(values, search=search) for search in (NATIVE_SEARCH, TORCH_SEARCH)]
+                for logits in both if known else ():
+                    logits.best(known)
+                ours, theirs = (
+                    recorded(logits, 5, tokens, torch.tensor(accepted), final, rows)
+                    for logits in both
+                )
+                shapes = (tokens.shape[0] + 1,), (tokens.shape[0] + 1, 5)
+                assert [one.shape for one in ours] == [shapes[0], shapes[1], shapes[1]]
+                for one, other in zip(ours, theirs, strict=True):
+                    torch.testing.assert_close(one, other)
+    short = Logits(values, Columns.of(torch.arange(90) + 1, 91), search=NATIVE_SEARCH)
+    assert NATIVE_SEARCH.record(short, 5, tokens, torch.tensor(0), torch.tensor(3), rows) is None
 
 
 def test_draws_and_picks_are_those_of_torch() -> None:

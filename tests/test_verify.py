@@ -67,6 +67,16 @@ def test_joint_accept_length_equals_the_oracle(
     ]
     got = joint_accept_lengths(target, draft, threshold)
     assert got.dtype == torch.int64 and got.tolist() == expected
+    for kept in range(target.shape[1] + 1):  # what is padding is not accepted
+        real = torch.arange(target.shape[1]).expand_as(target) < kept
+        cut = [
+            oracle_length(p[:kept], q[:kept], threshold)
+            for p, q in zip(target.tolist(), draft.tolist(), strict=True)
+        ]
+        assert joint_accept_lengths(target, draft, threshold, real).tolist() == cut
+        pairs = zip(target, draft, strict=True)
+        alone = [joint_accept_lengths(p, q, threshold, real[0]) for p, q in pairs]
+        assert [int(one) for one in alone] == cut
     assert [joint_accept_length(p, q, threshold) for p, q in blocks] == expected
 
 
@@ -167,7 +177,9 @@ def test_joint_tree_path_equals_the_oracle(data: st.DataObject) -> None:
     [([], 0), ([False, True], 0), ([True, False, True], 1), ([True, True], 2)],
 )
 def test_leading_run(verdicts: list[bool], expected: int) -> None:
-    assert int(leading_run(torch.tensor(verdicts, dtype=torch.bool))) == expected
+    alone = torch.tensor(verdicts, dtype=torch.bool)
+    assert int(leading_run(alone)) == expected
+    assert leading_run(torch.stack([alone, ~alone]))[0] == expected  # as a device computes it
 
 
 def test_rejection_never_keeps_a_token_of_probability_zero() -> None:

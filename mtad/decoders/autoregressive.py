@@ -28,16 +28,18 @@ def decode(
     """See `mtad.decoders.Decoder`; the draft is not used."""
     state = State.begin(target, None, prompt_ids, config, generator, eos_token_ids)
     nothing = Proposal.nothing(target.device)
+    none = torch.zeros((), dtype=torch.int64, device=target.device)
     while state.running:
-        yield state.judge(sample, nothing, state.verify(nothing), 1)
+        yield state.judge(sample, nothing, state.verify(nothing), 1, none)
 
 
-def sample(config: DecodeConfig, proposal: Proposal, logits: Logits, chance: Tensor) -> Verdict:
-    """A token from p."""
-    none = proposal.token_ids.new_zeros(())
+def sample(
+    config: DecodeConfig, proposal: Proposal, logits: Logits, chance: Tensor, none: Tensor
+) -> Verdict:
+    """A token from p; `none` [] is the 0."""
     return Verdict(
         proposal.draft_logprobs,
         path=proposal.token_ids,
         accepted=none,
-        final_token=draw_row(warp(logits, config), none, chance[0]),
+        final_token=draw_row(warp(logits, config), none, chance),
     )

@@ -28,7 +28,7 @@ from mtad.histories import Histories
 from mtad.lm import CachedLM
 from mtad.logits import Logits, wide
 from mtad.pace import Pace, WidthPace
-from mtad.sampling import Uniforms, narrows, token_logprobs, top_alternatives
+from mtad.sampling import Uniforms, narrows, recorded
 from mtad.trace import Alternative, Decision, DraftTree, FinalKind
 
 NUM_ALTERNATIVES = 5
@@ -445,11 +445,9 @@ def _find(
     # The path along a chain is the chain.
     rows = None if proposal.chain else torch.cat([path.new_zeros(1), path + 1])
     tokens = proposal.token_ids if proposal.chain else proposal.token_ids[path]
-    emitted = final_token.view(1)
-    if path.shape[0]:
-        depths = torch.arange(path.shape[0] + 1, device=path.device)
-        emitted = torch.where(depths == verdict.accepted, final_token, torch.cat([tokens, emitted]))
-    alternative_ids, alternative_logprobs = top_alternatives(logits, NUM_ALTERNATIVES, rows)
+    emitted_logprobs, alternative_ids, alternative_logprobs = recorded(
+        logits, NUM_ALTERNATIVES, tokens, verdict.accepted, final_token, rows
+    )
     optional = {
         name: value
         for name in ("reference_logprobs", "scores", "thresholds")
@@ -464,7 +462,7 @@ def _find(
         draft_logprobs=proposal.draft_logprobs,
         target_logprobs=verdict.target_logprobs,
         path=path,
-        emitted_logprobs=token_logprobs(logits, emitted, rows),
+        emitted_logprobs=emitted_logprobs,
         alternative_ids=alternative_ids,
         alternative_logprobs=alternative_logprobs,
         **optional,
@@ -494,7 +492,7 @@ def pack(**columns: Tensor) -> _Packed:
 
 def _on_host(tensor: Tensor) -> bool:
     """Whether several reads are no dearer than one."""
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
 
 
 def unpack(packed: _Packed) -> dict[str, list[float]]:

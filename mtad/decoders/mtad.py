@@ -44,15 +44,15 @@ def longest_prefix(
     length = block.levels
     scored = score(logits, config)
     target_logprobs = scored.rows(0, length).logprob_of(block.token_ids)
-    # Padding after an end-of-sequence is never accepted.
-    target_logprobs = torch.where(block.real, target_logprobs, -torch.inf)
-    accepted = joint_accept_lengths(target_logprobs, block.draft_logprobs, config.accept_threshold)
+    accepted = joint_accept_lengths(
+        target_logprobs, block.draft_logprobs, config.accept_threshold, block.real
+    )
     warped = scored if config.temperature > 0.0 else warp(logits, config)
     return Verdict(
         target_logprobs,
         path=torch.arange(length, device=accepted.device),
         accepted=accepted,
-        final_token=draw_row(warped, accepted, chance[0]),
+        final_token=draw_row(warped, accepted, chance),
         reference_logprobs=block.draft_logprobs,
     )
 

@@ -59,7 +59,7 @@ def deepest_node(
         target_logprobs,
         path=path,
         accepted=accepted,
-        final_token=draw_row(warp(logits, config), last_row, chance[0]),
+        final_token=draw_row(warp(logits, config), last_row, chance),
         reference_logprobs=reference,
     )
 

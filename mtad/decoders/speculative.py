@@ -51,15 +51,17 @@ def while_kept(
     target_logprobs = target.rows(0, length).logprob_of(block.token_ids)
     ratios = rejection_ratios(target_logprobs, block.draft_logprobs)
     accepted = leading_run(chance[:length] < ratios)
-    last = target.row(accepted)
     if drafted:
         token_ids, logprobs = drafted
-        last = corrected_or_bonus(last, Warped(token_ids, logprobs, target.vocab_size), accepted)
+        rows = Warped(token_ids, logprobs, target.vocab_size)
+        final_token = draw_corrected_or_bonus(target, rows, accepted, chance[length])
+    else:
+        final_token = draw(target.row(accepted), chance[length])
     return Verdict(
         target_logprobs,
         path=torch.arange(length, device=accepted.device),
         accepted=accepted,
-        final_token=draw(last, chance[length]),
+        final_token=final_token,
         corrects=True,
         scores=ratios,
         thresholds=chance[:length],
@@ -110,6 +112,20 @@ def draw_next(
         return token, row.logprob_of(token), row.token_ids, row.logprobs
 
     return logits.stretch(("draw", config, position), compute, chance)
+
+
+def draw_corrected_or_bonus(
+    target: Warped,  # [γ + 1, K]
+    draft: Warped,  # [γ, K']
+    accepted: Tensor,
+    uniform: Tensor,
+) -> Tensor:
+    """The final token []: drawn from `corrected_or_bonus`, in one go where the engine can."""
+    p, q = (target.logprobs, target.token_ids), (draft.logprobs, draft.token_ids)
+    found = target.search.draw_corrected(p, q, accepted, uniform)
+    if found is not None:
+        return found
+    return draw(corrected_or_bonus(target.row(accepted), draft, accepted), uniform)
 
 
 def corrected_or_bonus(target: Warped, draft: Warped, accepted: Tensor) -> Warped:

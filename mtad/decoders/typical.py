@@ -50,7 +50,7 @@ def while_typical(config: DecodeConfig, block: Proposal, logits: Logits, chance:
         target_logprobs,
         path=torch.arange(block.levels, device=accepted.device),
         accepted=accepted,
-        final_token=draw_row(rows, accepted, chance[0]),
+        final_token=draw_row(rows, accepted, chance),
         scores=probabilities,
         thresholds=thresholds,
     )

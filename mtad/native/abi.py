@@ -254,6 +254,44 @@ class Sample(ctypes.Structure):
     )
 
 
+class Correction(ctypes.Structure):
+    """`Correction` of kernels.c."""
+
+    _fields_ = (
+        ("target", _Pointer),
+        ("target_ids", _Pointer),
+        ("draft", _Pointer),
+        ("draft_ids", _Pointer),
+        ("columns", ctypes.c_int32),
+        ("draft_columns", ctypes.c_int32),
+        ("draft_rows", ctypes.c_int32),
+        ("accepted", _Pointer),
+        ("uniform", _Pointer),
+    )
+
+
+class Record(ctypes.Structure):
+    """`Record` of kernels.c."""
+
+    _fields_ = (
+        ("logits", _Pointer),
+        ("stride", ctypes.c_int64),
+        ("values", _Pointer),
+        ("token_ids", _Pointer),
+        ("columns", ctypes.c_int32),
+        ("sums", _Pointer),
+        ("path", _Pointer),
+        ("tokens", _Pointer),
+        ("accepted", _Pointer),
+        ("final", _Pointer),
+        ("depth", ctypes.c_int32),
+        ("count", ctypes.c_int32),
+        ("emitted", _Pointer),
+        ("ids", _Pointer),
+        ("logprobs", _Pointer),
+    )
+
+
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Gives the functions of a loaded library their types."""
     integer = ctypes.c_int
@@ -291,7 +329,9 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         ("mtad_grow", None, (_Pointer, ctypes.POINTER(Growth))),
         ("mtad_sample", None, (_Pointer, ctypes.POINTER(Sample))),
         ("mtad_draw", None, (*[_Pointer] * 3, integer, integer, _Pointer)),
-        ("mtad_draw_row", ctypes.c_int64, (*[_Pointer] * 4, integer)),
+        ("mtad_draw_row", None, (*[_Pointer] * 4, integer, _Pointer)),
+        ("mtad_draw_corrected", None, (ctypes.POINTER(Correction), _Pointer)),
+        ("mtad_record", None, (ctypes.POINTER(Record),)),
         ("mtad_pick", None, (*[_Pointer] * 3, integer, integer, _Pointer)),
         ("mtad_kernels", ctypes.c_char_p, ()),
     ):

@@ -30,6 +30,10 @@ _CHUNK_TOKENS = 512
 _FIRST_TEXT = 512
 
 
+def _ids(*shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=torch.int64)
+
+
 class NativeDrafter:
     """See `mtad.draft.Drafter`, `mtad.hidden_drafter.HiddenDrafter` and `mtad.draft.BlockDrafter`.
 
@@ -104,9 +108,8 @@ class NativeDrafter:
             return None
         steps, choices = uniform.shape[0], config.top_k
         block, _held = self._block(logits, config, steps, 1)
-        token_ids = torch.empty(steps, choices, dtype=torch.int64)
-        values, logprobs = floats(2, steps, choices)
-        drawn, picked = torch.empty(steps, dtype=torch.int64), floats(steps)
+        token_ids, drawn = _ids(steps, choices), _ids(steps)
+        values, logprobs, picked = floats(steps, choices), floats(steps, choices), floats(steps)
         uniform = uniform.contiguous()
         results = uniform, drawn, picked, values, token_ids, logprobs
         self._call("mtad_line", abi.Line(block, *(each.data_ptr() for each in results)))
@@ -128,10 +131,10 @@ class NativeDrafter:
         block, _held = self._block(logits, config, steps, width)
         candidates = width * choices
         uniform = chance(max(choices, width) + (steps - 1) * candidates)
-        values, warped = floats(2, candidates)
-        best = torch.empty(candidates, dtype=torch.int64)
+        values, warped = floats(candidates), floats(candidates)
+        best = _ids(candidates)
         races = torch.empty(candidates, dtype=torch.float64)
-        tokens, parents = torch.empty(2, width, dtype=torch.int64)
+        tokens, parents = _ids(width), _ids(width)
         results = Results(steps, width)
         spare = values, best, warped, races, tokens, parents
         self._call(
@@ -258,7 +261,7 @@ class NativeDrafter:
         self._reserve(self._unread)
         if self._unread:
             self._tokens[: self._unread] = unread
-            torch.arange(-1, self._unread - 1, out=self._parents[: self._unread])
+            self._parents[: self._unread] = self._chain[: self._unread]
         if self._tail:
             start = self._books.count - self._unread
             self._tails[0] = self._text[start : start + self._tail]
@@ -335,7 +338,8 @@ class NativeDrafter:
             return
         size, old = 2 * entries + 64, size
         tokens, parents, given, tails = self._tokens, self._parents, self._given, self._tails
-        self._tokens, self._parents = torch.empty(2, size, dtype=torch.int64)
+        self._tokens, self._parents = _ids(size), _ids(size)
+        self._chain = torch.arange(-1, size - 1)
         self._given = floats(size, self._width)
         self._tails = torch.empty(size, self._tail, dtype=torch.int64)
         self._tokens[:old], self._parents[:old] = tokens, parents

@@ -1575,12 +1575,12 @@ void mtad_grow(Context *c, const Growth *g) {
 }
 
 /* The place at which the cumulative mass of a row passes a share of the whole. */
-static int invert(const double *logprobs, int columns, double share) {
+static int invert(const double *masses, int columns, double share) {
     double total = 0.0, mass = 0.0;
-    for (int i = 0; i < columns; i++) total += exp(logprobs[i]);
+    for (int i = 0; i < columns; i++) total += masses[i];
     int at = 0;
     for (; at < columns - 1; at++) {
-        mass += exp(logprobs[at]);
+        mass += masses[at];
         if (mass > share * total) break;
     }
     return at;
@@ -1589,21 +1589,53 @@ static int invert(const double *logprobs, int columns, double share) {
 /* One token of each row, by inverting its cumulative mass at a uniform. */
 void mtad_draw(const double *logprobs, const int64_t *token_ids, const double *uniform, int rows,
                int columns, int64_t *drawn) {
-    for (int row = 0; row < rows; row++, logprobs += columns, token_ids += columns)
-        drawn[row] = token_ids[invert(logprobs, columns, uniform[row])];
+    double masses[columns];
+    for (int row = 0; row < rows; row++, logprobs += columns, token_ids += columns) {
+        for (int i = 0; i < columns; i++) masses[i] = exp(logprobs[i]);
+        drawn[row] = token_ids[invert(masses, columns, uniform[row])];
+    }
 }
 
 static int draw_of(const float *logprobs, int columns, double uniform) {
-    double wide[columns];
-    for (int i = 0; i < columns; i++) wide[i] = logprobs[i];
-    return invert(wide, columns, uniform);
+    double masses[columns];
+    for (int i = 0; i < columns; i++) masses[i] = exp((double)logprobs[i]);
+    return invert(masses, columns, uniform);
 }
 
 /* The same from one of several rows. */
-int64_t mtad_draw_row(const float *logprobs, const int64_t *token_ids, const int64_t *row,
-                      const double *uniform, int columns) {
+void mtad_draw_row(const float *logprobs, const int64_t *token_ids, const int64_t *row,
+                   const double *uniform, int columns, int64_t *drawn) {
     const size_t start = (size_t)*row * (size_t)columns;
-    return token_ids[start + (size_t)draw_of(logprobs + start, columns, *uniform)];
+    *drawn = token_ids[start + (size_t)draw_of(logprobs + start, columns, *uniform)];
+}
+
+typedef struct {
+    const float *target; /* [draft rows + 1, columns] log p, */
+    const int64_t *target_ids;
+    const float *draft;  /* [draft rows, draft columns] log q */
+    const int64_t *draft_ids;
+    int32_t columns, draft_columns, draft_rows;
+    const int64_t *accepted; /* the row */
+    const double *uniform;
+} Correction;
+
+/* A token from norm(max(p − q, 0)) of one row, from p itself where that mass is 0 or where there is
+ * no q. */
+void mtad_draw_corrected(const Correction *c, int64_t *drawn) {
+    const size_t row = (size_t)*c->accepted, columns = (size_t)c->columns;
+    const float *target = c->target + row * columns;
+    const int64_t *ids = c->target_ids + row * columns;
+    const size_t start = row * (size_t)c->draft_columns;
+    double whole[columns], left[columns], total = 0.0;
+    for (size_t i = 0; i < columns; i++) left[i] = whole[i] = exp((double)target[i]);
+    for (int j = 0; j < c->draft_columns && (int)row < c->draft_rows; j++)
+        for (size_t i = 0; i < columns; i++)
+            if (ids[i] == c->draft_ids[start + j]) left[i] -= exp((double)c->draft[start + j]);
+    for (size_t i = 0; i < columns; i++) {
+        left[i] = left[i] > 0.0 ? left[i] : 0.0;
+        total += left[i];
+    }
+    *drawn = ids[invert(total > 0.0 ? left : whole, c->columns, *c->uniform)];
 }
 
 typedef struct {
@@ -1633,6 +1665,39 @@ void mtad_pick(const float *logprobs, const int64_t *token_ids, const int64_t *t
         picked[row] = -INFINITY;
         for (int i = 0; i < columns; i++)
             if (token_ids[i] == tokens[row]) picked[row] = logprobs[i];
+    }
+}
+
+typedef struct {
+    const float *logits; /* [rows, stride] */
+    int64_t stride;
+    const float *values;      /* [rows, columns] the largest of each row, descending, */
+    const int64_t *token_ids; /*   and what they are */
+    int32_t columns;
+    const float *sums;       /* [rows] log Σ exp */
+    const int64_t *path;     /* [depth + 1] the row at each depth; NULL for one after the other */
+    const int64_t *tokens;   /* [depth] */
+    const int64_t *accepted; /* of them */
+    const int64_t *final;    /* what stands after those */
+    int32_t depth, count;    /* so many of a row's largest are recorded */
+    float *emitted;          /* [depth + 1] the log-probability of what was emitted, */
+    int64_t *ids;            /* [depth + 1, count] what else could have been, */
+    float *logprobs;         /*   and theirs */
+} Record;
+
+/* What a trace keeps of a pass; all log-probabilities are those of the rows as they are. */
+void mtad_record(const Record *r) {
+    for (int at = 0; at <= r->depth; at++) {
+        const size_t row = r->path ? (size_t)r->path[at] : (size_t)at;
+        const int is_draft = at < r->depth && at != *r->accepted;
+        const size_t token = (size_t)(is_draft ? r->tokens[at] : *r->final);
+        r->emitted[at] = r->logits[row * (size_t)r->stride + token] - r->sums[row];
+        for (int i = 0; i < r->count; i++) {
+            const size_t from = row * (size_t)r->columns + (size_t)i;
+            const size_t to = (size_t)at * (size_t)r->count + (size_t)i;
+            r->ids[to] = r->token_ids[from];
+            r->logprobs[to] = r->values[from] - r->sums[row];
+        }
     }
 }
 

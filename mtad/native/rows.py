@@ -10,6 +10,7 @@ from torch import Tensor
 from mtad.histories import Histories
 from mtad.logits import TORCH_SEARCH, Logits, Stretches
 from mtad.native import abi, library
+from mtad.native.memory import floats
 from mtad.native.threads import context
 
 # Up to here one call is dearer than its work, and torch makes ten.
@@ -39,7 +40,7 @@ class NativeSearch:
         """See `Search.choose`."""
         if count > NARROW:
             return None
-        sums = torch.empty(logits.values.shape[0], dtype=torch.float32)
+        sums = floats(logits.values.shape[0])
         choices, (_, values, token_ids, logprobs) = _choices(
             logits, count, temperature, top_p, sums
         )
@@ -86,11 +87,41 @@ class NativeSearch:
         if columns > NARROW or not known:
             return TORCH_SEARCH.draw_row(logprobs, token_ids, row, uniform)
         logprobs, token_ids = logprobs.contiguous(), token_ids.contiguous()
-        token = library.load().mtad_draw_row(
+        drawn = torch.empty((), dtype=torch.int64)
+        library.load().mtad_draw_row(
             *(logprobs.data_ptr(), token_ids.data_ptr(), row.data_ptr(), uniform.data_ptr()),
-            columns,
+            *(columns, drawn.data_ptr()),
         )
-        return torch.tensor(token)
+        return drawn
+
+    def draw_corrected(
+        self,
+        target: tuple[Tensor, Tensor],
+        draft: tuple[Tensor, Tensor],
+        accepted: Tensor,
+        uniform: Tensor,
+    ) -> Tensor | None:
+        """See `Search.draw_corrected`."""
+        logprobs, token_ids, draft_logprobs, draft_ids = (
+            each.contiguous() for each in (*target, *draft)
+        )
+        rows, draft_columns = draft_logprobs.shape
+        kinds = logprobs.dtype, draft_logprobs.dtype, uniform.dtype
+        if kinds != (torch.float32, torch.float32, torch.float64) or logprobs.shape[1] > NARROW:
+            return None
+        drawn = torch.empty((), dtype=torch.int64)
+        library.load().mtad_draw_corrected(
+            ctypes.byref(
+                abi.Correction(
+                    *(logprobs.data_ptr(), token_ids.data_ptr()),
+                    *(draft_logprobs.data_ptr(), draft_ids.data_ptr()),
+                    *(logprobs.shape[1], draft_columns, rows),
+                    *(accepted.data_ptr(), uniform.data_ptr()),
+                )
+            ),
+            drawn.data_ptr(),
+        )
+        return drawn
 
     def pick(self, logprobs: Tensor, token_ids: Tensor, tokens: Tensor) -> Tensor:
         """See `Search.pick`."""
@@ -147,6 +178,35 @@ class NativeSearch:
         )
         return new
 
+    def record(
+        self,
+        logits: Logits,
+        count: int,
+        tokens: Tensor,
+        accepted: Tensor,
+        final: Tensor,
+        rows: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """See `Search.record`."""
+        whole, depth = logits.values, tokens.shape[0]
+        if logits.columns is not None or whole.dtype != torch.float32 or whole.stride(1) != 1:
+            return None
+        values, token_ids = (each.contiguous() for each in logits.leading(count))
+        sums, tokens = logits.log_sums().contiguous(), tokens.contiguous()
+        emitted, logprobs = floats(depth + 1), floats(depth + 1, count)
+        ids = torch.empty(depth + 1, count, dtype=torch.int64)
+        library.load().mtad_record(
+            ctypes.byref(
+                abi.Record(
+                    *(whole.data_ptr(), whole.stride(0), values.data_ptr(), token_ids.data_ptr()),
+                    *(values.shape[1], sums.data_ptr(), None if rows is None else rows.data_ptr()),
+                    *(tokens.data_ptr(), accepted.data_ptr(), final.data_ptr(), depth, count),
+                    *(emitted.data_ptr(), ids.data_ptr(), logprobs.data_ptr()),
+                )
+            )
+        )
+        return emitted, ids, logprobs
+
     def sample(
         self, logits: Logits, top_k: int, temperature: float, top_p: float, uniform: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
@@ -173,7 +233,7 @@ def _read(values: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The largest, their columns, and the log-sums."""
     values = _readable(values)
     rows = values.shape[0]
-    largest, sums = values.new_empty(rows, count), values.new_empty(rows)
+    largest, sums = floats(rows, count), floats(rows)
     columns = torch.empty(rows, count, dtype=torch.int64)
     threads = context()
     threads.library.mtad_rows(
@@ -194,7 +254,7 @@ def _choices(
     """The tensors into which it points must live as long; the last are tokens and log q."""
     rows, names = _readable(logits.values), logits.columns
     height, every = rows.shape
-    values, logprobs = rows.new_empty(2, height, count)
+    values, logprobs = floats(height, count), floats(height, count)
     token_ids = torch.empty(height, count, dtype=torch.int64)
     choices = abi.Choices(
         *(rows.data_ptr(), rows.stride(0)),
