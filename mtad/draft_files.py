@@ -1,4 +1,4 @@
-"""The file of a `HiddenDraft`: its layers in 8 bits, one scale a row, and what it belongs to.
+"""The file of a `HiddenDraft`: its layers in 8 or 4 bits, and what it belongs to.
 
 Neither embedding nor head is stored, since they are the target's.
 """
@@ -20,11 +20,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from mtad.errors import PairError
+from mtad.four_bits import GROUP, FourBits
 from mtad.hidden_draft import HiddenDraft, HiddenDraftConfig
 
 FILE_NAME = "draft.safetensors"
 _FORMAT = "mtad hidden draft 1"
 _SCALE = ".scale"
+_LOW, _STEP = ".low", ".step"
 _MAX_HEADER_CHARACTERS = 10_000
 
 
@@ -49,7 +51,7 @@ def save_draft(draft: HiddenDraft, folder: Path, target: str, note: str = "") ->
         )
     tensors: dict[str, Tensor] = {"token_ids": draft.token_ids.to("cpu", torch.int32)}
     for name, weight in draft.named_parameters():
-        tensors |= _pack(name, weight.detach().float().cpu())
+        tensors |= _pack(name, weight.detach().float().cpu(), draft.config.weight_bits)
     file = folder / FILE_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -180,14 +182,14 @@ def _build(header: str, tensors: dict[str, Tensor]) -> HiddenDraft:
     with torch.device("meta"):
         draft = HiddenDraft(config, torch.empty(0))
     names = dict(draft.named_parameters())
-    _check_tensors(tensors, names)
-    state = {name: _unpack(tensors[name], tensors.get(name + _SCALE)) for name in names}
+    _check_tensors(tensors, names, config.weight_bits)
+    state = {name: _unpack(name, tensors) for name in names}
     draft.token_ids = tensors["token_ids"].long()
     draft.load_state_dict(state | {"token_ids": draft.token_ids}, assign=True)
     return draft
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor], bits: int) -> None:
     """Compares what a file holds with what `save_draft` would make of these weights.
 
     Raises:
@@ -196,7 +198,7 @@ def _check_tensors(tensors: Mapping[str, Tensor], weights: Mapping[str, Tensor])
     ids = tensors.get("token_ids", torch.empty(0))
     wanted = {"token_ids": torch.empty(ids.shape, dtype=torch.int32, device="meta")}
     for name, weight in weights.items():
-        wanted |= _pack(name, weight.detach())
+        wanted |= _pack(name, weight.detach(), bits)
     for name in sorted(wanted.keys() | tensors.keys()):
         found, right = _kind(tensors.get(name)), _kind(wanted.get(name))
         if found != right:
@@ -211,13 +213,29 @@ def _kind(tensor: Tensor | None) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} of {list(tensor.shape)}"
 
 
-def _pack(name: str, weight: Tensor) -> dict[str, Tensor]:
-    """A matrix [rows, columns] as int8 with a scale [rows]; a vector as it is."""
+def _pack(name: str, weight: Tensor, bits: int) -> dict[str, Tensor]:
+    """A matrix [rows, columns] as int8 with a scale [rows], or as `FourBits` two codes a byte.
+
+    A vector stays as it is.
+    """
     if weight.dim() < 2:
         return {name: weight}
+    if bits == 4:
+        found = FourBits.nearest(weight)
+        codes = found.codes.flatten(1)
+        both = codes[:, ::2] | codes[:, 1::2] << 4
+        return {name: both, name + _LOW: found.low, name + _STEP: found.step}
     scale = weight.abs().amax(1).clamp_min(1e-12) / 127
     return {name: (weight / scale.unsqueeze(1)).round().to(torch.int8), name + _SCALE: scale}
 
 
-def _unpack(tensor: Tensor, scale: Tensor | None) -> Tensor:
-    return tensor if scale is None else tensor.float() * scale.unsqueeze(1)
+def _unpack(name: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """What `_pack` has made of a parameter, in float32."""
+    stored = tensors[name]
+    if name + _SCALE in tensors:
+        return stored.float() * tensors[name + _SCALE].unsqueeze(1)
+    if name + _LOW not in tensors:
+        return stored
+    codes = torch.stack([stored & 15, stored >> 4], -1)
+    shape = (stored.shape[0], -1, GROUP)
+    return FourBits(codes.view(shape), tensors[name + _LOW], tensors[name + _STEP]).values()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mtad.fields import FieldCheck, is_number, is_whole
+from mtad.four_bits import GROUP
 from mtad.logits import Columns
 
 NORM_EPS = 1e-5
@@ -46,6 +47,7 @@ class HiddenDraftConfig:
         mlp_size: width of the gated MLP.
         rope_theta: base of the rotary positions.
         copy_weights: see `mtad.copy_drafter`; empty for a draft that copies nothing.
+        weight_bits: of its matrices where they are stored: 8, or 4, see `mtad.four_bits`.
 
     Raises:
         ConfigError: names the field, the value and the allowed range.
@@ -59,6 +61,7 @@ class HiddenDraftConfig:
     mlp_size: int = 1536
     rope_theta: float = 10_000.0
     copy_weights: tuple[float, ...] = ()
+    weight_bits: int = 8
 
     def __post_init__(self) -> None:
         check = FieldCheck(self)
@@ -85,6 +88,11 @@ class HiddenDraftConfig:
             isinstance(weight, (int, float)) and 0 <= weight < 1 for weight in weights
         ):
             check.refuse("copy_weights", weights, "at most 16 numbers from 0 to below 1")
+        if not is_whole(self.weight_bits) or self.weight_bits not in (4, 8):
+            check.refuse("weight_bits", self.weight_bits, "4 or 8")
+        if self.weight_bits == 4 and (width % GROUP or self.mlp_size % GROUP):
+            allowed = f"8 where hidden_size ({width}) or mlp_size ({self.mlp_size}) is no multiple"
+            check.refuse("weight_bits", 4, f"{allowed} of {GROUP}")
         check.put("target_layers", tuple(layers))
         check.put("rope_theta", float(theta))
         check.put("copy_weights", tuple(float(weight) for weight in weights))

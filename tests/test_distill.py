@@ -54,6 +54,7 @@ from mtad.distill.writing import (
 )
 from mtad.draft_files import FILE_NAME, load_draft, save_draft
 from mtad.errors import Cancelled, ConfigError, PairError
+from mtad.four_bits import FourBits
 from mtad.hidden_draft import Ends, HiddenDraft, HiddenDraftConfig
 from tests.models import FAMILIES, tiny
 
@@ -194,6 +195,7 @@ def test_a_recipe_survives_json() -> None:
         ('target="\\ud800"', "target is '\\ud800'"),
         ("draft.target_layers=[2, 1]", "draft.target_layers is"),
         ("draft.target_layers=[-1]", "draft.target_layers is"),
+        ("draft.weight_bits=6", "draft.weight_bits is 6, but must be 4 or 8"),
         ("training.betas=[0.9, 1.0]", "training.betas is"),
         ("training.epochs=0", "training.epochs is 0, but must be a number above 0 and at most"),
         ("training.learning_rate=NaN", "training.learning_rate is nan"),
@@ -1052,6 +1054,30 @@ def test_a_damaged_account_of_the_progress_is_refused(
     message = next(iter(progress)).replace("curve", "curve is no list") if digested else "content"
     with pytest.raises(DistillError, match=f"is damaged .*{message}.*Delete"):
         learn(target, RECIPE, work, work / "out")
+
+
+def test_a_draft_of_4_bits_learns_with_the_weights_that_it_will_have(
+    tmp_path: Path,
+) -> None:
+    """Its last evaluation is that of the saved file."""
+    target = a_target(hidden_size=32)
+    recipe = changed(draft={"weight_bits": 4}, training={"epochs": 2})
+    draft = distill(target, recipe, tmp_path / "work", tmp_path / "four")
+    report = json.loads((tmp_path / "four" / "report.json").read_text(encoding="utf-8"))
+    assert report["saved"]["alpha"] == pytest.approx(report["curve"][-1]["alpha"], abs=1e-6)
+    assert report["curve"][-1]["alpha"][0] > report["curve"][0]["alpha"][0] + 0.1
+    assert all(
+        torch.equal(FourBits.nearest(weight).values(), weight)
+        for weight in draft.parameters()
+        if weight.dim() == 2
+    )
+    assert "in 4 bits" in (tmp_path / "four" / "README.md").read_text(encoding="utf-8")
+    # One of 8 bits may be where it begins.
+    eight = distill(target, changed(training={"epochs": 2}), tmp_path / "work8", tmp_path / "eight")
+    assert eight.config.weight_bits == 8
+    (tmp_path / "work" / CHECKPOINT).unlink()
+    begun = distill(target, recipe, tmp_path / "work", tmp_path / "begun", start=tmp_path / "eight")
+    assert begun.config.weight_bits == 4
 
 
 def test_bfloat16_trains(corpus: Corpus, target: Target, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from mtad.copy_drafter import CopyDrafter
 from mtad.draft import Drafter, RecordedDrafter
 from mtad.draft_files import FILE_NAME, load_draft, save_draft
 from mtad.errors import ConfigError, PairError
+from mtad.four_bits import FourBits
 from mtad.hidden_draft import Ends, HiddenDraft, HiddenDraftConfig
 from mtad.hidden_drafter import EagerDraft, HiddenDrafter
 from mtad.lm import CachedLM
@@ -27,6 +28,7 @@ from mtad.logits import Logits
 from mtad.native import library
 from mtad.native.draft import NativeDraft
 from mtad.native.drafter import NativeDrafter
+from mtad.native.packing import CODES4, pack
 from mtad.pairs import ModelPair
 from tests.models import FAMILIES, tiny
 from tests.walks import walk_side_by_side
@@ -394,6 +396,42 @@ def test_a_file_gives_back_the_draft_to_the_precision_of_8_bits(tmp_path: Path) 
     assert all(t.dtype == torch.int8 for n, t in stored.items() if t.dim() == 2)
 
 
+def test_a_file_of_4_bits_gives_back_what_it_was_rounded_to(tmp_path: Path) -> None:
+    """And the kernels take its matrices for what they are."""
+    shape = {"hidden_size": 64, "mlp_size": 96, "weight_bits": 4}
+    target, draft = tiny(vocab_size=VOCABULARY, hidden_size=64), make_draft(**shape)
+    with torch.no_grad():
+        draft.join.weight[0, :32] = 0.25  # a group of a single value
+    file = save_draft(draft, tmp_path, "tiny")
+    read = load_draft(tmp_path, target, CPU, torch.float32)
+    assert read.config.weight_bits == 4
+    for (name, ours), theirs in zip(draft.named_parameters(), read.parameters(), strict=True):
+        if ours.dim() == 1:
+            assert torch.equal(ours, theirs)
+            continue
+        assert torch.equal(FourBits.nearest(ours).values(), theirs), name
+        groups = ours.view(ours.shape[0], -1, 32)
+        step = (groups.amax(-1) - groups.amin(-1)) / 15
+        missed = (ours - theirs).abs().view_as(groups).amax(-1)
+        assert (missed <= 0.51 * step + 1e-4).all(), name
+        assert pack(theirs).kind == CODES4, name
+        assert torch.equal(FourBits.nearest(theirs).values(), theirs), "rounded twice"
+    stored = load_file(file)
+    assert stored["join.weight"].dtype == torch.uint8 and stored["join.weight"].shape == (64, 64)
+    del stored["join.weight.low"]
+    about = {"config": dataclasses.asdict(draft.config)}
+    save_file(stored, file, {"mtad hidden draft 1": json.dumps(about)})
+    with pytest.raises(
+        PairError, match=r"weight.low is absent, but must be float16 of .64, 4"
+    ):
+        load_draft(tmp_path, target, CPU, torch.float32)
+
+
+def test_4_bits_are_for_widths_that_are_groups_of_32() -> None:
+    with pytest.raises(ConfigError, match=r"weight_bits is 4, but must be 8 where .* of 32"):
+        make_draft(hidden_size=48, weight_bits=4)
+
+
 @pytest.mark.parametrize(
     "error",
     [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")],
@@ -470,6 +508,9 @@ def test_what_is_no_draft_is_refused(tmp_path: Path) -> None:
         ("copy_weights", ["0"]),
         ("copy_weights", [0.1] * 17),
         ("copy_weights", "00"),
+        ("weight_bits", 5),
+        ("weight_bits", 8.0),
+        ("weight_bits", 4),
     ],
 )
 def test_a_shape_that_no_draft_has_is_refused(field: str, value: Any, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def make_report(
         recipe: by which.
         draft: the finished one.
         progress: the learning curve and the time.
-        saved: overlaps of the draft as it was saved, in 8 bits.
+        saved: overlaps of the draft as it was saved, in 8 or 4 bits.
         start: folder of the draft that it began with.
     """
     return {
@@ -114,11 +114,12 @@ def card(report: dict[str, Any]) -> str:
         if draft["copy_weights"]
         else ""
     )
+    bits = _bits(report)
     sections = {
         f"# A draft for {target}": (
             f"It proposes tokens that {target} verifies, in speculative and in multi-token assisted"
             f" decoding, and is of no use alone: {draft['num_layers']} layers of its own"
-            f" ({report['parameters'] / 1e6:.1f} M parameters, in 8 bits with a scale a row:"
+            f" ({report['parameters'] / 1e6:.1f} M parameters, in {bits} bits:"
             f" {FILE_NAME}) read the target's hidden states {layers} and write into the target's"
             f" own head, cut to the {draft['head_tokens']:,} tokens that are most frequent in"
             " answers and to those of the text so far; all others have q = 0. Neither embedding nor"
@@ -171,15 +172,21 @@ def _paragraph(text: str) -> str:
     return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
 
 
+def _bits(report: dict[str, Any]) -> int:
+    """Of a stored weight; a report from before there was a choice says nothing."""
+    return int(report["recipe"]["draft"].get("weight_bits", 8))
+
+
 def _table(report: dict[str, Any]) -> str:
     """Overlaps by depth: before and after training, and as saved."""
     saved = report["saved"]
+    bits = _bits(report)
     depths = range(1, len(saved["alpha"]) + 1)
     lines = [["", *(f"depth {depth}" for depth in depths)], ["---"] * (len(depths) + 1)]
     for name, values in (
         ("at the start" if report["start"] else "untrained", report["curve"][0]),
         ("trained", report["curve"][-1]),
-        ("as saved, in 8 bits", saved),
+        (f"as saved, in {bits} bits", saved),
     ):
         pairs = zip(values["alpha"], values["alpha_warped"], strict=True)
         lines.append([name, *(f"{plain:.3f}, {warped:.3f}" for plain, warped in pairs)])

@@ -123,6 +123,8 @@ class Shape:
         head_tokens: K; it proposes only the K tokens that occur most often in the answers.
         copy_weights: the share of q for a token copied from the text, by the length of the match;
             empty for no copying. Nothing is trained with it; see `mtad.copy_drafter`.
+        weight_bits: of its matrices where they are stored: 8, or 4, which training then rounds to
+            at every step, so that it learns with the weights that will be used.
     """
 
     target_layers: tuple[int, ...]
@@ -130,6 +132,7 @@ class Shape:
     mlp_size: int = 1536
     head_tokens: int = 8192
     copy_weights: tuple[float, ...] = ()
+    weight_bits: int = 8
 
     def __post_init__(self) -> None:
         check = FieldCheck(self, "draft")
@@ -147,6 +150,8 @@ class Shape:
         if not all(isinstance(weight, (int, float)) and 0 <= weight <= 0.99 for weight in weights):
             check.refuse("copy_weights", weights, allowed)
         check.put("copy_weights", tuple(float(weight) for weight in weights))
+        if not is_whole(self.weight_bits) or self.weight_bits not in (4, 8):
+            check.refuse("weight_bits", self.weight_bits, "4 or 8")
 
 
 @dataclass(frozen=True)

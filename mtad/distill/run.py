@@ -122,7 +122,7 @@ def learn(
             checkpoint_seconds=checkpoint_seconds,
         )
         save_draft(draft, out, target.name)
-        # What a user will load has 8 bits: its figures are the ones that count.
+        # What a user will load has 8 or 4 bits: its figures are the ones that count.
         final = _load(target, out).to(target.device)
         with contextlib.closing(Learner(target, corpus, recipe.training, final)) as judge:
             saved = judge.evaluate(watch)

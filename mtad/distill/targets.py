@@ -159,6 +159,7 @@ class Target:
             mlp_size=recipe.draft.mlp_size,
             rope_theta=float(rope.get("rope_theta", 10_000.0)),
             copy_weights=recipe.draft.copy_weights,
+            weight_bits=recipe.draft.weight_bits,
         )
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from mtad.distill.recipe import Recipe, Shape, Training, fingerprint
 from mtad.distill.targets import Target, fast_dtype
 from mtad.distill.writing import Shard
 from mtad.errors import Cancelled, ConfigError
+from mtad.four_bits import FourBits
 from mtad.hidden_draft import Ends, HiddenDraft, HiddenDraftConfig
 
 CHECKPOINT_SECONDS = 60.0
@@ -174,12 +175,28 @@ class Learner:
             return loss.detach(), torch.autograd.grad(loss, parameters)
 
         each = self._pool.map if self._device.type == "cpu" else map
-        losses, grads = zip(*each(gradients, range(parts)), strict=True)
+        with self._rounded():  # where gradients are taken; what they move are the exact weights
+            losses, grads = zip(*each(gradients, range(parts)), strict=True)
         for parameter, *shares in zip(parameters, *grads, strict=True):
             parameter.grad = torch.stack(shares).mean(0)
         torch.nn.utils.clip_grad_norm_(parameters, self._training.clip_norm)
         self.optimizer.step()
         return torch.stack(losses).mean().item()
+
+    @contextlib.contextmanager
+    def _rounded(self) -> Iterator[None]:
+        """The draft has the weights that it will be used with, where 4 bits leave few of them."""
+        matrices = [weight for weight in self._draft.parameters() if weight.dim() == 2]
+        if self._draft.config.weight_bits == 8:
+            matrices = []  # so near that training sees no difference
+        exact = [weight.detach().clone() for weight in matrices]
+        for weight in matrices:
+            weight.data.copy_(FourBits.nearest(weight).values())
+        try:
+            yield
+        finally:
+            for weight, kept in zip(matrices, exact, strict=True):
+                weight.data.copy_(kept)
 
     def close(self) -> None:
         """Ends the threads, and gives back what one of them has set for all."""
@@ -198,7 +215,7 @@ class Learner:
             rows = range(first, min(first + self._training.batch_rows, total))
             batch = moved(self._corpus.batch(rows), self._device)
             batch = with_hidden(batch, self._target, self._draft.config.target_layers)
-            with self._autocast():
+            with self._autocast(), self._rounded():
                 sums = sums + unroll.overlaps(
                     self._draft, self._ends, batch, self._columns, self._training
                 )
@@ -233,7 +250,8 @@ def new_draft(
         torch.manual_seed(recipe.seed)
         draft = HiddenDraft(config, token_ids)
     if start is not None:
-        if _without_copying(start.config) != _without_copying(config):
+        held = dataclasses.replace(start.config, weight_bits=config.weight_bits)
+        if _without_copying(held) != _without_copying(config):
             raise ConfigError(
                 f"The draft to start from has the shape {start.config}, but the recipe asks for"
                 f" {config}. Change the recipe's part draft, or start anew."

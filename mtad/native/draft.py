@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtad.errors import PairError
+from mtad.four_bits import GROUP
 from mtad.hidden_draft import NORM_EPS, Ends, HiddenDraft, Layer
 from mtad.native import abi
 from mtad.native.llama import rotary_tables
 from mtad.native.model import LayerWeights, NativeModel
-from mtad.native.packing import BLOCK, CODES8, FLOAT32, GROUP, Packed, pack
+from mtad.native.packing import BLOCK, CODES8, FLOAT32, Packed, pack
 from mtad.native.threads import context
 
 _TABLE_ROWS = 4096

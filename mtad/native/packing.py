@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtad.four_bits import GROUP, FourBits
+
 BLOCK = 16
-GROUP = 32
 # How far a weight may stand from its 4-bit value, in steps between two such values.
 EXACT_STEPS = 0.01
 
@@ -49,12 +50,11 @@ def pack(weight: Tensor, kind: int | None = None) -> Packed:
     if kind == FLOAT32:
         data = weight.view(-1, BLOCK, columns).transpose(1, 2).contiguous()
         return Packed(FLOAT32, rows, columns, data.view(-1).view(torch.uint8))
-    groups = weight.view(rows, columns // GROUP, GROUP)
     if kind != CODES8:
-        small = _four_bits(groups)
+        small = _four_bits(weight)
         if small is not None:
             return Packed(CODES4, rows, columns, small)
-    return Packed(CODES8, rows, columns, _eight_bits(groups))
+    return Packed(CODES8, rows, columns, _eight_bits(weight.view(rows, columns // GROUP, GROUP)))
 
 
 def unpack(packed: Packed) -> Tensor:
@@ -77,19 +77,15 @@ def unpack(packed: Packed) -> Tensor:
     return values.permute(0, 3, 1, 2, 4).reshape(packed.rows, packed.columns)
 
 
-def _four_bits(groups: Tensor) -> Tensor | None:
-    """Of [rows, count, 32]; None if the weights are not sixteen evenly spaced values a group."""
-    low, high = groups.amin(-1), groups.amax(-1)
-    minima, scales = low.half(), ((high - low) / 15).half()
-    steps = scales.float().unsqueeze(-1)
-    shifted = groups - minima.float().unsqueeze(-1)
-    codes = torch.where(steps > 0, shifted / steps, 0.0).round_().clamp_(0, 15)
-    missed = (shifted - codes * steps).abs_() > EXACT_STEPS * steps
-    if bool(missed.any()):
+def _four_bits(weight: Tensor) -> Tensor | None:
+    """Of [rows, columns]; None if the weights are not sixteen evenly spaced values a group."""
+    found = FourBits.nearest(weight)
+    missed = (weight - found.values()).abs_().view(found.codes.shape)
+    if bool((missed > EXACT_STEPS * found.step.float().unsqueeze(-1)).any()):
         return None
-    parts = _in_parts(codes.to(torch.uint8))
+    parts = _in_parts(found.codes)
     both = parts[:, :, :4] | parts[:, :, 4:] << 4
-    return _join(both, scales, minima)
+    return _join(both, found.step, found.low)
 
 
 def _eight_bits(groups: Tensor) -> Tensor:
