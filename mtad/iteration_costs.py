@@ -2,15 +2,17 @@
 
 Whole iterations of the very decoder are timed, so everything that a longer draft takes is in them:
 draft steps, the wider verification, the search, and what Python does between. The drafts take
-turns, and the fastest of all iterations counts: what else a machine does only adds to them.
+turns, each turn begins with iterations without one, and of the ratios in the turns the median
+counts: a machine that is now fast and now slow is so for both sides of a ratio.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
+import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -25,10 +27,10 @@ from mtad.pace import AUTO_TREES, AUTO_WIDTHS, MAX_AUTO_DRAFT_TOKENS
 from mtad.trace import Decision
 
 CONTEXT_TOKENS = 100
-SWEEPS = 2
-ROUNDS = 4
-# Where a pass takes longer than this, nobody should wait for more than so many of each.
-SLOW_SECONDS, FEW_ROUNDS = 0.03, 2
+TURNS = 4
+ROUNDS = 2
+# Where a pass takes longer than this, nobody should wait for more than one turn.
+SLOW_SECONDS = 0.03
 # An iteration that costs so many without a draft seldom emits as many tokens.
 DEAR = 8.0
 # More than anything is worth.
@@ -91,33 +93,28 @@ def _measure(
     """
     wide = {"num_draft_tokens": MAX_AUTO_DRAFT_TOKENS, "beam_width": 1}  # of no draft
     run = functools.partial(_iterations, make, config, context)
-    plain, times = math.inf, dict[K, float]()
-    rounds = ROUNDS
-    for _ in range(SWEEPS):
-        plain = min(plain, _fastest(run("autoregressive", wide), rounds))
-        if plain > SLOW_SECONDS:
-            rounds = FEW_ROUNDS
+    ratios: defaultdict[K, list[float]] = defaultdict(list)
+    for _ in range(TURNS):
+        plain = _seconds(run("autoregressive", wide))
         for draft, fields in drafts.items():
-            seconds = _fastest(run(method, fields), rounds)
-            times[draft] = min(seconds, times.get(draft, math.inf))
-            if times[draft] > DEAR * plain:
+            ratios[draft].append(_seconds(run(method, fields)) / plain)
+            if ratios[draft][-1] > DEAR:
                 break
-        if rounds == FEW_ROUNDS:
+        if plain > SLOW_SECONDS:
             break
-    return {draft: round(seconds / plain, 4) for draft, seconds in times.items()}
+    return {draft: round(statistics.median(found), 4) for draft, found in ratios.items()}
 
 
-def _fastest(run: Generator[Decision, None, None], rounds: int) -> float:
-    """Seconds of the fastest of some iterations, from the second on.
+def _seconds(run: Generator[Decision, None, None]) -> float:
+    """Of an iteration, the mean of some from the second on.
 
     Ends the run: a drafter of the user's own is one object, and holds one text.
     """
-    seconds = math.inf
     next(run)  # holds the prefill
-    for _ in range(rounds):
-        start = time.perf_counter()
+    start = time.perf_counter()
+    for _ in range(ROUNDS):
         next(run)
-        seconds = min(seconds, time.perf_counter() - start)
+    seconds = (time.perf_counter() - start) / ROUNDS
     run.close()
     return seconds
 

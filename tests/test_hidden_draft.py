@@ -421,9 +421,7 @@ def test_a_file_of_4_bits_gives_back_what_it_was_rounded_to(tmp_path: Path) -> N
     del stored["join.weight.low"]
     about = {"config": dataclasses.asdict(draft.config)}
     save_file(stored, file, {"mtad hidden draft 1": json.dumps(about)})
-    with pytest.raises(
-        PairError, match=r"weight.low is absent, but must be float16 of .64, 4"
-    ):
+    with pytest.raises(PairError, match=r"weight.low is absent, but must be float16 of .64, 4"):
         load_draft(tmp_path, target, CPU, torch.float32)
 
 

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "mtad"
 # From the bottom up: a module may import what stands on a line above its own, and its own
 # package. A new module has to be given its place here.
 LAYERS = (
-    {"errors", "processor", "shipped", "version"},
+    {"errors", "four_bits", "processor", "shipped", "version"},
     {"fields"},
     {"config"},
     {"catalogue", "trace"},

@@ -232,6 +232,34 @@ def test_chain_tree_and_token_by_token_agree_to_the_bit(
     assert torch.equal(grown.forward(text[10:]).logits, whole[10:])
 
 
+@pytest.mark.parametrize("build", BUILDS)
+def test_a_cache_of_half_precision_holds_keys_and_values_rounded(
+    build: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From those too small for a half to those too large."""
+    kernels = library.load(BUILDS[build])
+    monkeypatch.setattr(library, "load", lambda: kernels)
+    monkeypatch.setattr("mtad.native.threads._of_thread", threading.local())
+    model, text = tiny_llama(), torch.randint(VOCABULARY, (32,))  # two blocks of keys
+    attention = model.model.layers[0].self_attn
+    assert NativeLlama(model).model.cache_dtype == torch.float16
+    for scales in (torch.ones(1), torch.logspace(-9, 6, attention.v_proj.weight.shape[0])):
+        attention.v_proj.weight.mul_(scales.unsqueeze(1))
+        attention.k_proj.weight.mul_(scales.unsqueeze(1))
+        wide, narrow = (NativeLlama(model, exact=True).model for _ in range(2))
+        narrow.cache_dtype = torch.float16
+        caches = wide.cache(), narrow.cache()
+        one, other = (cache.forward(text, 0, 32).logits for cache in caches)
+        for floats, halves in zip(*(cache.save(32) for cache in caches), strict=True):
+            # What comes into the first layer is the same.
+            assert halves.dtype == torch.float16 and torch.equal(halves[0], floats[0].half())
+            tiny_ones = (halves[0] != 0) & (halves[0].abs() < 2**-14)
+            assert bool(halves[0].isinf().any() and tiny_ones.any()) is (scales.shape[0] > 1)
+        if scales.shape[0] == 1:
+            assert one is not None and other is not None and not torch.equal(one, other)
+            torch.testing.assert_close(one, other, atol=0.05, rtol=0)
+
+
 def test_the_default_type_of_torch_changes_nothing() -> None:
     """transformers sets it for all threads while it loads a model in bfloat16."""
     llama, text = NativeLlama(tiny_llama()), torch.randint(VOCABULARY, (40,))

@@ -19,6 +19,7 @@ import transformers
 from mtad import loading
 from mtad.bench.roofline import Machine
 from mtad.errors import Cancelled
+from mtad.native.memory import large_pages
 from mtad.processor import cpu_name
 from mtad.recording import synchronize
 from mtad.version import __version__
@@ -155,6 +156,9 @@ def _bandwidths(best: _Best, size: int) -> tuple[float, float]:
     """Bytes a second that a sum or a matrix-vector product reads, and that a copy reads."""
     rows = max(size // (4 * _COLUMNS), 1)
     source = torch.ones(rows, _COLUMNS, device=best.device)
+    if best.device.type == "cpu":  # as the kernels' weights are
+        pages = large_pages(4 * source.numel()).view(torch.float32)
+        source = pages.view_as(source).copy_(source)
     vector = torch.ones(_COLUMNS, device=best.device)
     moved = 4 * source.numel()
     reading = min(best(source.sum), best(lambda: torch.mv(source, vector)))

@@ -68,6 +68,7 @@ class Cache(ctypes.Structure):
         ("values", _Pointer),
         ("capacity", ctypes.c_int64),
         ("texts", ctypes.c_int32),
+        ("halves", ctypes.c_int32),
     )
 
 

@@ -97,11 +97,11 @@ typedef struct {
 } Model;
 
 /* keys [layers, texts, kv_heads, capacity / 16, head_size, 16], values [layers, texts, kv_heads,
- * capacity, head_size]; capacity is a multiple of 16. */
+ * capacity, head_size], float32, or float16 with `halves`; capacity is a multiple of 16. */
 typedef struct {
-    float *keys, *values;
+    uint8_t *keys, *values;
     int64_t capacity;
-    int32_t texts;
+    int32_t texts, halves;
 } Cache;
 
 /* New tokens of one text take the last `rows` of the `nodes` slots that follow `prefix` slots.
@@ -419,6 +419,41 @@ INLINE floats load_halves(const uint8_t *from) {
     }
     return value;
 #endif
+}
+
+/* To the nearest half, of two the even one. */
+INLINE void store_halves(uint8_t *to, floats value) {
+#if VECTOR == 64
+    _mm256_storeu_si256((void *)to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__) && defined(__F16C__)
+    _mm_storeu_si128((void *)to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__ARM_FEATURE_DOTPROD)
+    vst1_u8(to, vreinterpret_u8_f16(vcvt_f16_f32((float32x4_t)value)));
+#else
+    for (int i = 0; i < LANES; i++) {
+        uint32_t word, sign;
+        float size = value[i] < 0.0f ? -value[i] : value[i];
+        memcpy(&word, &value[i], 4);
+        sign = word >> 16 & 0x8000;
+        if (size < 0x1p-14f) { /* subnormal: a multiple of 2^−24 */
+            size += 0x1p-1f;   /* whose last bit is that */
+            memcpy(&word, &size, 4);
+            word -= 0x3f000000;
+        } else {
+            memcpy(&word, &size, 4);
+            word += 0xfff + (word >> 13 & 1);
+            word = word >= 0x47800000 ? (word > 0x7f800fff ? 0x7e00 : 0x7c00)
+                                      : (word - 0x38000000) >> 13;
+        }
+        uint16_t bits = (uint16_t)(word | sign);
+        memcpy(to + 2 * i, &bits, 2);
+    }
+#endif
+}
+
+/* What a cache holds, at a place that counts numbers; `halves` is a constant at every call. */
+INLINE floats load_cached(const uint8_t *from, size_t at, const int halves) {
+    return halves ? load_halves(from + 2 * at) : load_floats((const float *)(from + 4 * at));
 }
 
 /* e^x for x ≤ 0 to a relative 2e-7; 0 below −87. */
@@ -785,11 +820,21 @@ static void place(const Seat *s, const Forward *f, int layer) {
             rotate(heads + h * size, heads + h * size + half, cosine, sine, half);
         float *key = heads + (model->heads + kv) * size;
         rotate(key, key + half, cosine, sine, half);
-        const size_t head = head_start(model, cache, layer, text, kv);
-        float *keys = cache->keys + head + slot / BLOCK * BLOCK * size + slot % BLOCK;
-        for (int i = 0; i < size; i++) keys[(size_t)i * BLOCK] = key[i];
-        memcpy(cache->values + head + slot * size, key + (size_t)model->kv_heads * size,
-               (size_t)size * sizeof(float));
+        const float *value = key + (size_t)model->kv_heads * size;
+        const size_t head = head_start(model, cache, layer, text, kv), of_value = head + slot * size;
+        const size_t of_key = head + slot / BLOCK * BLOCK * size + slot % BLOCK;
+        if (!cache->halves) {
+            float *keys = (float *)cache->keys + of_key;
+            for (int i = 0; i < size; i++) keys[(size_t)i * BLOCK] = key[i];
+            memcpy((float *)cache->values + of_value, value, (size_t)size * sizeof(float));
+            continue;
+        }
+        uint16_t *keys = (uint16_t *)cache->keys + of_key, few[LANES];
+        for (int i = 0; i < size; i += LANES) {
+            store_halves((uint8_t *)few, load_floats(key + i));
+            for (int j = 0; j < LANES; j++) keys[(size_t)(i + j) * BLOCK] = few[j];
+            store_halves(cache->values + 2 * (of_value + (size_t)i), load_floats(value + i));
+        }
     }
     meet(s);
 }
@@ -827,13 +872,15 @@ static void look(Forward *f) {
 /* The sums of `slots` values with the weights of `count` queries, `vectors` of each value from `part`
  * on; both are constants at every call. In the order of the slots, so that those that are not seen,
  * whose weight is 0, change nothing. */
-INLINE void weigh(const float *value, const float *weight, int stride, int slots, int size, int part,
-                  float **out, const int count, const int vectors) {
+INLINE void weigh(const uint8_t *values, size_t value, const float *weight, int stride, int slots,
+                  int size, int part, float **out, const int halves, const int count,
+                  const int vectors) {
     floats sum[QUERIES][WIDE] = {{{0}}};
-    for (int slot = 0; slot < slots; slot++, value += size) {
+    value += (size_t)part;
+    for (int slot = 0; slot < slots; slot++, value += (size_t)size) {
         floats from[WIDE];
         for (int v = 0; v < vectors; v++) {
-            from[v] = load_floats(value + v * LANES);
+            from[v] = load_cached(values, value + (size_t)(v * LANES), halves);
             HOLD(from[v]);
         }
         for (int q = 0; q < count; q++) {
@@ -847,9 +894,10 @@ INLINE void weigh(const float *value, const float *weight, int stride, int slots
 
 /* `count` queries (a constant at every call) of one key-value head over what they see of the slots
  * from `first`, a multiple of BLOCK, to `last` as their chunk `chunk`. */
-INLINE void attend(const Forward *f, int chunk, const float *keys, const float *values, float *score,
-                   const float **query, const int *row, float **out, float *top, float *mass,
+INLINE void attend(const Forward *f, int chunk, size_t head, float *score, const float **query,
+                   const int *row, float **out, float *top, float *mass, const int halves,
                    const int count) {
+    const uint8_t *keys = f->cache->keys, *values = f->cache->values;
     const int size = f->model->head_size, stride = f->widest;
     const int first = f->first[chunk], last = f->last[chunk];
     const float factor = 1.0f / sqrtf((float)size);
@@ -857,13 +905,15 @@ INLINE void attend(const Forward *f, int chunk, const float *keys, const float *
     for (int q = 0; q < count; q++) largest[q] = broadcast(-INFINITY);
     for (int slot = first; slot < last; slot += LANES) {
         floats sum[QUERIES] = {{0}}, sum2[QUERIES] = {{0}};
-        const float *key = keys + (size_t)(slot / BLOCK * BLOCK) * size + slot % BLOCK;
+        const size_t key = head + (size_t)(slot / BLOCK * BLOCK) * size + slot % BLOCK;
+        const size_t value = head + (size_t)slot * size; /* LANES of them: as many numbers as keys */
         for (int i = 0; i < size; i += 2) {
-            floats even = load_floats(key + (size_t)i * BLOCK);
-            floats odd = load_floats(key + (size_t)(i + 1) * BLOCK);
+            floats even = load_cached(keys, key + (size_t)i * BLOCK, halves);
+            floats odd = load_cached(keys, key + (size_t)(i + 1) * BLOCK, halves);
             /* The values are next; memory is slower than the products. */
-            __builtin_prefetch(values + (size_t)slot * size + (size_t)i * LANES);
-            __builtin_prefetch(values + (size_t)slot * size + (size_t)(i + 1) * LANES);
+            const size_t next = (value + (size_t)i * LANES) * (halves ? 2 : 4);
+            __builtin_prefetch(values + next);
+            if (!halves) __builtin_prefetch(values + next + LANES * 4);
             for (int q = 0; q < count; q++) {
                 sum[q] += even * query[q][i];
                 sum2[q] += odd * query[q][i + 1];
@@ -890,12 +940,13 @@ INLINE void attend(const Forward *f, int chunk, const float *keys, const float *
     }
     for (int i = 0; i < last - first; i++) /* likewise in the order of the slots */
         for (int q = 0; q < count; q++) mass[q] += score[q * stride + i];
-    const float *value = values + (size_t)first * size;
+    const size_t value = head + (size_t)first * size;
+    const int slots = last - first;
     int part = 0;
     for (; part + WIDE * LANES <= size; part += WIDE * LANES)
-        weigh(value + part, score, stride, last - first, size, part, out, count, WIDE);
+        weigh(values, value, score, stride, slots, size, part, out, halves, count, WIDE);
     for (; part < size; part += LANES)
-        weigh(value + part, score, stride, last - first, size, part, out, count, 1);
+        weigh(values, value, score, stride, slots, size, part, out, halves, count, 1);
 }
 
 /* Adds a later part of a softmax to an earlier one. Compiled once, so that it always rounds alike. */
@@ -931,7 +982,6 @@ static void attention(const Seat *s, const Forward *f, int layer) {
         const int piece = item % pieces, kv = item / pieces % model->kv_heads;
         const int text = item / pieces / model->kv_heads;
         const size_t head = head_start(model, cache, layer, text, kv);
-        const float *keys = cache->keys + head, *values = cache->values + head;
         for (int tile = split ? 0 : piece; tile < (split ? tiles : piece + 1); tile++) {
             for (int c = split ? piece : 0; c < (split ? piece + 1 : f->chunks); c++) {
                 const int later = !split && c;
@@ -947,8 +997,10 @@ static void attention(const Seat *s, const Forward *f, int layer) {
                     if (split) at[count] += (size_t)c * pass->rows * model->heads;
                     out[count] = later ? spare + count * size : partial->sums + at[count] * size;
                 }
-                switch (count) {
-#define CASE(n) case n: attend(f, c, keys, values, score, query, row, out, top, mass, n); break
+                switch (count + (cache->halves ? QUERIES : 0)) {
+#define CASE(n) \
+    case n: attend(f, c, head, score, query, row, out, top, mass, 0, n); break; \
+    case QUERIES + n: attend(f, c, head, score, query, row, out, top, mass, 1, n); break
                     CASE(1);
                     CASE(2);
                     CASE(3);
@@ -1855,18 +1907,19 @@ int mtad_linear(Context *c, const Matrix *matrix, const float *from, float *to, 
 
 /* Moves slots from[i] ≥ start + i to start + i, in order, in every layer of a single text. */
 void mtad_move(const Model *model, Cache *cache, const int32_t *from, int count, int start) {
-    const size_t size = (size_t)model->head_size;
+    const size_t size = (size_t)model->head_size, bytes = cache->halves ? 2 : 4;
     for (int layer = 0; layer < model->layers; layer++) {
         for (int h = 0; h < model->kv_heads; h++) {
-            size_t head = head_start(model, cache, layer, 0, h);
-            float *keys = cache->keys + head, *values = cache->values + head;
+            const size_t head = head_start(model, cache, layer, 0, h);
+            uint8_t *keys = cache->keys + head * bytes, *values = cache->values + head * bytes;
             for (int i = 0; i < count; i++) {
                 size_t old = (size_t)from[i], new = (size_t)(start + i);
                 if (old == new) continue;
-                const float *key = keys + old / BLOCK * BLOCK * size + old % BLOCK;
-                float *there = keys + new / BLOCK * BLOCK * size + new % BLOCK;
-                for (size_t j = 0; j < size; j++) there[j * BLOCK] = key[j * BLOCK];
-                memcpy(values + new * size, values + old * size, size * sizeof(float));
+                const uint8_t *key = keys + (old / BLOCK * BLOCK * size + old % BLOCK) * bytes;
+                uint8_t *there = keys + (new / BLOCK * BLOCK * size + new % BLOCK) * bytes;
+                for (size_t j = 0; j < size * BLOCK * bytes; j += BLOCK * bytes)
+                    memcpy(there + j, key + j, bytes);
+                memcpy(values + new * size * bytes, values + old * size * bytes, size * bytes);
             }
         }
     }

@@ -34,12 +34,12 @@ class Arena:
         count = data.shape[0]
         size = -(-count // _ALIGNMENT) * _ALIGNMENT
         if size > self._free.shape[0]:
-            self._free = _pages(max(size, _CHUNK_BYTES))
+            self._free = large_pages(max(size, _CHUNK_BYTES))
         place, self._free = self._free[:count], self._free[size:]
         return place.copy_(data)
 
 
-def _pages(size: int) -> Tensor:
+def large_pages(size: int) -> Tensor:
     """[size] uint8, in large pages if Linux grants them."""
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(size, dtype=torch.uint8)

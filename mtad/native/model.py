@@ -71,6 +71,7 @@ class NativeModel:
         num_layers: L.
         weight_bytes: that a pass reads.
         weights: "float32", "int4" where the layers have four bits a weight, else "int8".
+        cache_dtype: of keys and values.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class NativeModel:
         self.num_layers = len(made)
         self._layers = (abi.Layer * len(made))(*made)
         kinds = {each.kind for one in made for each in (one.qkv, one.out, one.gate_up, one.down)}
+        self.cache_dtype = torch.float32 if exact else torch.float16
         self.weights = "float32" if exact else "int4" if kinds == {CODES4} else "int8"
         packed_head = self.matrix(head, kind)
         size = 2 * int(cosines.shape[1])
@@ -280,11 +282,13 @@ class NativeCache:
         shape = self.model.cache_shape(self.texts, size)
         first, heads, _, head_size = shape
         # Keys lie in blocks of 16 slots, so that a run of slots is a run of blocks.
-        keys = floats(first, heads, size // BLOCK, head_size * BLOCK)
-        values = floats(*shape)
+        kind = self.model.cache_dtype
+        keys = torch.empty(first, heads, size // BLOCK, head_size * BLOCK, dtype=kind)
+        values = torch.empty(shape, dtype=kind)
         if used:
             blocks = -(-used // BLOCK)
             keys[:, :, :blocks] = self._keys[:, :, :blocks]
             values[:, :, :used] = self._values[:, :, :used]
         self._keys, self._values, self._slots = keys, values, size
-        self.struct = abi.Cache(keys.data_ptr(), values.data_ptr(), size, self.texts)
+        halves = kind == torch.float16
+        self.struct = abi.Cache(keys.data_ptr(), values.data_ptr(), size, self.texts, halves)
