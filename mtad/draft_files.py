@@ -184,6 +184,9 @@ def _build(header: str, tensors: dict[str, Tensor]) -> HiddenDraft:
     names = dict(draft.named_parameters())
     _check_tensors(tensors, names, config.weight_bits)
     state = {name: _unpack(name, tensors) for name in names}
+    for name, weight in state.items():
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"{name} has values that are not finite")
     draft.token_ids = tensors["token_ids"].long()
     draft.load_state_dict(state | {"token_ids": draft.token_ids}, assign=True)
     return draft

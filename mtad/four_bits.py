@@ -32,7 +32,8 @@ class FourBits(NamedTuple):
         """Of [rows, columns]: each group from its lowest to its highest weight."""
         groups = weight.detach().float().view(*weight.shape[:-1], -1, GROUP)
         lowest, highest = groups.amin(-1), groups.amax(-1)
-        low, step = lowest.half(), ((highest - lowest) / STEPS).half()
+        low = lowest.half()
+        step = ((highest - low.float()) / STEPS).half()
         wide = step.float().unsqueeze(-1)
         shifted = groups - low.float().unsqueeze(-1)
         codes = torch.where(wide > 0, shifted / wide, 0.0).round().clamp(0, STEPS)

@@ -1,8 +1,8 @@
 """From logits to choices: warped distributions, residuals, draws from explicit uniforms.
 
-Pure functions on tensors. Nothing here owns a generator or knows a model: randomness comes in
-as uniforms in [0, 1), so that a test can enumerate it. No function reads a value back to the
-host, so that a whole draft can be written without a synchronisation.
+Pure functions on tensors. None owns a generator or knows a model: randomness comes in as uniforms
+in [0, 1), so that a test can enumerate it; a run has one `Uniforms` to get them from. No function
+reads a value back to the host, so that a whole draft can be written without a synchronisation.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ _AT_ONCE = 1024
 class Uniforms:
     """Gives uniforms in [0, 1) on a generator's device, float64 where there is one.
 
-    They are drawn many at a time: a call of the generator takes as long as a small step of a rule.
-    A CPU's give the numbers that they would give one by one.
+    They are drawn many at a time, since a call of the generator takes as long as a small step of a
+    rule; it is ahead of what was given. A CPU's are the numbers that it would give one by one.
     """
 
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
         self._drawn = self._draw(0)
-        self._single: tuple[Tensor, ...] = ()
         self._used = 0
 
     def __call__(self, count: int) -> Tensor:
@@ -37,11 +36,7 @@ class Uniforms:
         if missing > 0:
             more = self._draw(max(missing, _AT_ONCE))
             self._drawn, self._used = torch.cat([self._drawn[self._used :], more]), 0
-            self._single = ()
         start, self._used = self._used, self._used + count
-        if count == 1:
-            self._single = self._single or torch.split(self._drawn, 1)
-            return self._single[start]
         return self._drawn[start : self._used]
 
     def _draw(self, count: int) -> Tensor:

@@ -109,8 +109,9 @@ class _LlamaArena(Arena):
         whole.token_ids[:count] = token_ids
         whole.first.fill_(first)
         ids = whole.token_ids[:rows]
-        if visible is None or positions is None:
+        if visible is None:
             return _Inputs(ids, whole.first, whole.length)
+        assert positions is not None, "a tree says where its tokens stand"
         whole.length.fill_(length)
         whole.positions[:count] = positions
         seen = whole.visible[:rows, : padded(visible.shape[1])]

@@ -138,6 +138,7 @@ class Target:
         ):
             if value > limit:
                 raise ConfigError(f"{name} is {value}, but must be at most {limit}, {what}.")
+        self.draft_config(recipe)  # which is checked when it is made
 
     def draft_config(self, recipe: Recipe) -> HiddenDraftConfig:
         """The recipe's shape, with heads and rotary base as in the target."""

@@ -277,6 +277,7 @@ class Record(ctypes.Structure):
     _fields_ = (
         ("logits", _Pointer),
         ("stride", ctypes.c_int64),
+        ("vocabulary", ctypes.c_int32),
         ("values", _Pointer),
         ("token_ids", _Pointer),
         ("columns", ctypes.c_int32),

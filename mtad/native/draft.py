@@ -40,7 +40,7 @@ class NativeDraft:
             draft: the draft, float32.
             ends: the target's; its head has no bias, as no Llama's has.
             positions: how long a text can become.
-            exact: keep the weights in float32 instead of 8 bits.
+            exact: keep the weights in float32 instead of 4 or 8 bits.
 
         Raises:
             PairError: its shape is not one that the kernels know.

@@ -441,6 +441,7 @@ INLINE void store_halves(uint8_t *to, floats value) {
             word -= 0x3f000000;
         } else {
             memcpy(&word, &size, 4);
+            word &= 0x7fffffff; /* a NaN is not below 0 and keeps its sign */
             word += 0xfff + (word >> 13 & 1);
             word = word >= 0x47800000 ? (word > 0x7f800fff ? 0x7e00 : 0x7c00)
                                       : (word - 0x38000000) >> 13;
@@ -622,7 +623,7 @@ static void tile(const Matrix *m, const uint8_t *data, int piece, const Input *i
 
 enum { STORE, ADD, GATE };
 
-/* Asks for the beginning of what this thread will read of a matrix. */
+/* Asks for the beginning of what this thread will read of a matrix, as many bytes as AHEAD. */
 INLINE void expect(const Seat *s, const Matrix *m) {
     const size_t start = (size_t)part_start(s->all, m->rows / BLOCK, s->thread);
     fetch(m, m->data + start * block_bytes(m), AHEAD);
@@ -1721,8 +1722,9 @@ void mtad_pick(const float *logprobs, const int64_t *token_ids, const int64_t *t
 }
 
 typedef struct {
-    const float *logits; /* [rows, stride] */
+    const float *logits; /* [rows, vocabulary] */
     int64_t stride;
+    int32_t vocabulary;
     const float *values;      /* [rows, columns] the largest of each row, descending, */
     const int64_t *token_ids; /*   and what they are */
     int32_t columns;
@@ -1742,8 +1744,10 @@ void mtad_record(const Record *r) {
     for (int at = 0; at <= r->depth; at++) {
         const size_t row = r->path ? (size_t)r->path[at] : (size_t)at;
         const int is_draft = at < r->depth && at != *r->accepted;
-        const size_t token = (size_t)(is_draft ? r->tokens[at] : *r->final);
-        r->emitted[at] = r->logits[row * (size_t)r->stride + token] - r->sums[row];
+        const int64_t token = is_draft ? r->tokens[at] : *r->final;
+        const int known = token >= 0 && token < r->vocabulary;
+        const size_t start = row * (size_t)r->stride;
+        r->emitted[at] = known ? r->logits[start + (size_t)token] - r->sums[row] : -INFINITY;
         for (int i = 0; i < r->count; i++) {
             const size_t from = row * (size_t)r->columns + (size_t)i;
             const size_t to = (size_t)at * (size_t)r->count + (size_t)i;

@@ -198,24 +198,24 @@ class NativeCache:
         """One pass.
 
         Args:
-            token_ids: int64.
+            token_ids: of the new rows.
             prefix: slots that every row sees.
             nodes: slots behind them; the last n become those of the new rows. With several texts
                 1: every text gets one.
             visible: who sees which of the nodes; None for a chain.
-            positions: of the tokens in the text, int64; None where they are those of the slots.
+            positions: of the tokens in the text; None where they are those of the slots.
             layers: hidden states to return: 0 is the embedding, i what layer i gives, the
                 last one after the final norm.
             logits: whether to multiply with the head.
             skipped: so many of the first rows get no logits.
 
         Raises:
-            IndexError: a token is none of the vocabulary; nothing was changed.
+            IndexError: a token is none of the vocabulary; nothing was read.
         """
         model, rows = self.model, token_ids.shape[0]
         self.reserve(prefix + nodes, prefix + nodes - (1 if self.texts > 1 else rows))
-        token_ids = token_ids.contiguous()
-        positions = None if positions is None else positions.contiguous()
+        token_ids = token_ids.long().contiguous()
+        positions = None if positions is None else positions.long().contiguous()
         mask = None if visible is None else visible.to(torch.uint8).contiguous()
         out = floats(rows - skipped, model.head_rows) if logits else None
         tapped = floats(rows, len(layers) * model.width) if layers else None

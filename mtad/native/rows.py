@@ -193,12 +193,14 @@ class NativeSearch:
             return None
         values, token_ids = (each.contiguous() for each in logits.leading(count))
         sums, tokens = logits.log_sums().contiguous(), tokens.contiguous()
+        rows = None if rows is None else rows.contiguous()
         emitted, logprobs = floats(depth + 1), floats(depth + 1, count)
         ids = torch.empty(depth + 1, count, dtype=torch.int64)
         library.load().mtad_record(
             ctypes.byref(
                 abi.Record(
-                    *(whole.data_ptr(), whole.stride(0), values.data_ptr(), token_ids.data_ptr()),
+                    *(whole.data_ptr(), whole.stride(0), whole.shape[1]),
+                    *(values.data_ptr(), token_ids.data_ptr()),
                     *(values.shape[1], sums.data_ptr(), None if rows is None else rows.data_ptr()),
                     *(tokens.data_ptr(), accepted.data_ptr(), final.data_ptr(), depth, count),
                     *(emitted.data_ptr(), ids.data_ptr(), logprobs.data_ptr()),
