@@ -207,9 +207,10 @@ def _predictions(found: Sequence[Row], costs: Costs | None) -> list[str]:
     lines = [
         "predicted ×: tokens/pass × the cost of a one-token pass / the cost of verification and"
         f" drafting; medians of {costs.rounds} at a context of {costs.context}, measured in this"
-        " process, before the runs and between them. With γ auto an iteration costs what its mean"
-        " verification does, between two measured ones. measured / predicted: the speed-up of all"
-        " tokens together, as tokens/pass are pooled; × autoregressive is a median.",
+        " process, before the runs and between them. With γ auto the iterations of a run cost"
+        " what its mean verification does, between two measured ones. measured / predicted: the"
+        " speed-up of all tokens together, as tokens/pass are pooled; × autoregressive is"
+        " a median.",
     ]
     without = [row.line.title for row in found if row.prompts and row.predicted is None]
     if without:

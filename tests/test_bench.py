@@ -422,6 +422,12 @@ def test_a_length_that_adapts_is_predicted_by_its_mean_verification() -> None:
     # Seven rows: between γ 4 and γ 8, at 6 draft tokens.
     assert found.predicted == pytest.approx(2 * 0.05 / (0.08 + 0.01 + 5 * 0.015))
     assert found.measured_over_predicted == pytest.approx(2.5 / (0.1 / 0.165))
+    # Ten passes of seven rows and ten of thirteen are not twenty of ten: costs bend at nine rows.
+    bent = dataclasses.replace(costs, target=costs.target | {17: 0.2})
+    mixed = [*runs, made(PLAIN, "b", 1.0), made(adapts, "b", 0.8, tokens=20, target_positions=130)]
+    iterations = (0.08 + 0.01 + 5 * 0.015, (0.09 + 0.2) / 2 + 0.01 + 11 * 0.015)
+    found = table(mixed, PLAIN, adapts, costs=bent)[1]
+    assert found.predicted == pytest.approx(2 * 0.05 / (sum(iterations) / 2))
     short = [made(adapts, "a", target_positions=14)]  # now and then no draft at all
     (found,) = table(short, adapts, costs=costs)
     assert found.predicted == pytest.approx(0.05 / (0.05 + 0.4 * 0.015))

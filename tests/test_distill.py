@@ -22,7 +22,7 @@ from torch import Tensor
 
 import mtad
 from mtad.config import DecodeConfig
-from mtad.distill import checkpoint, losses, unroll
+from mtad.distill import checkpoint, losses, training, unroll
 from mtad.distill.corpus import (
     Corpus,
     open_corpus,
@@ -1102,6 +1102,53 @@ def test_parts_of_a_batch_make_the_same_step_together(corpus: Corpus, target: Ta
     torch.testing.assert_close(after[0][1], after[1][1], atol=2e-2, rtol=2e-2)
     assert after[1][0] == after[2][0]
     assert torch.equal(after[1][1], after[2][1])
+
+
+def test_gradients_are_taken_at_four_bits_and_move_the_exact_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = a_target(hidden_size=32)
+    recipe = changed(draft={"weight_bits": 4}, training={"weight_decay": 0.0})
+    write(target, recipe, tmp_path)
+    corpus = open_corpus(target, recipe, tmp_path)
+    draft = new_draft(target, corpus, recipe)
+    before = {name: weight.detach().clone() for name, weight in draft.named_parameters()}
+    rounded = {
+        name: FourBits.nearest(weight).values() if weight.dim() == 2 else weight
+        for name, weight in before.items()
+    }
+    seen, real_loss = [], unroll.loss
+
+    def loss(part: HiddenDraft, *arguments: Any) -> Tensor:
+        seen.append({name: weight.detach().clone() for name, weight in part.named_parameters()})
+        return real_loss(part, *arguments)
+
+    def now_is(expected: dict[str, Tensor], found: dict[str, Tensor]) -> bool:
+        return all(torch.equal(found[name], expected[name]) for name in expected)
+
+    monkeypatch.setattr(unroll, "loss", loss)
+    with contextlib.closing(Learner(target, corpus, recipe.training, draft)) as learner:
+        with monkeypatch.context() as still:
+            still.setattr(training, "learning_rate", lambda *_: 0.0)
+            learner.step(corpus.batch(range(8, 16)), 0, 10)
+        assert len(seen) == 2 and all(now_is(rounded, part) for part in seen)  # a part each
+        assert now_is(before, dict(draft.named_parameters()))
+        with monkeypatch.context() as broken:
+            broken.setattr(unroll, "loss", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                learner.step(corpus.batch(range(8, 16)), 0, 10)
+        assert now_is(before, dict(draft.named_parameters()))
+        learner.step(corpus.batch(range(8, 16)), 0, 10)
+    moved = dict(draft.named_parameters())["join.weight"].detach()
+    assert not torch.equal(moved, before["join.weight"])
+    assert not torch.equal(moved, FourBits.nearest(moved).values())
+
+
+def test_four_bits_of_a_width_that_is_no_group_are_refused_before_writing(tmp_path: Path) -> None:
+    recipe = changed(draft={"weight_bits": 4, "mlp_size": 40})
+    with pytest.raises(ConfigError, match="weight_bits is 4, but must be 8 where"):
+        distill(a_target(hidden_size=32), recipe, tmp_path / "work", tmp_path / "out")
+    assert not list((tmp_path / "work").glob("*.safetensors"))
 
 
 def test_a_loss_that_is_no_number_ends_the_run(

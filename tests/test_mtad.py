@@ -17,10 +17,13 @@ from mtad.config import DecodeConfig
 from mtad.decoders import load_decoder
 from mtad.decoders import mtad as mtad_decoder
 from mtad.decoders.beams import Beams, grow_beams
+from mtad.decoders.common import Proposal
+from mtad.decoders.mtad import longest_prefix
 from mtad.draft import LMDrafter
 from mtad.errors import BudgetError, Cancelled, ConfigError, PairError
 from mtad.growth import beam_weights
 from mtad.lm import CachedLM
+from mtad.logits import Logits
 from mtad.sampling import Uniforms, score, warp
 from tests.models import tiny
 from tests.tables import TableLM
@@ -50,6 +53,22 @@ SAME = mtad.ModelPair(
 def run(method: str, pair: mtad.ModelPair, **parameters: Any) -> mtad.Trace:
     config = DecodeConfig(**{"max_new_tokens": 24, **parameters})
     return mtad.run(method, pair, prompt_ids=[3, 4, 5], config=config)
+
+
+def test_padding_behind_an_end_of_sequence_is_not_accepted() -> None:
+    """Its log q is 0, and p finds it likely: without `real` the block would pass as a whole."""
+    eos = 2
+    tokens, logprobs = torch.tensor([1, eos, eos]), torch.tensor([-0.1, -0.1, 0.0])
+    real = torch.tensor([True, True, False])
+    logits = torch.full((4, 5), -8.0)
+    logits[torch.arange(4), torch.tensor([1, eos, eos, 4])] = 8.0
+    config = DecodeConfig(accept_threshold=0.5, top_k=0, top_p=1.0)
+    for kept, expected in ((real, 2), (torch.ones_like(real), 3)):
+        block = Proposal.block(tokens, logprobs, cached_depth=2, real=kept)
+        chance = torch.tensor([0.5], dtype=torch.float64)
+        verdict = longest_prefix(config, block, Logits(logits), chance)
+        assert int(verdict.accepted) == expected
+        assert int(verdict.final_token) == (eos, 4)[expected - 2]
 
 
 @pytest.mark.parametrize("method", ["mtad", "mtad_tree"])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from mtad import iteration_costs
+from mtad.config import DecodeConfig
 from mtad.errors import ConfigError
-from mtad.iteration_costs import _by_length
+from mtad.iteration_costs import DEAR, TURNS, _by_length
 from mtad.pace import (
     AUTO_TREES,
     AUTO_WIDTHS,
@@ -169,3 +174,58 @@ def test_costs_of_other_widths_are_refused() -> None:
         with pytest.raises(ConfigError, match="iteration_costs"):
             WidthPace(costs)
     assert WidthPace().width in AUTO_WIDTHS
+
+
+def measured(monkeypatch: pytest.MonkeyPatch, spoilt: dict[tuple[int, int], float]) -> Any:
+    """Costs of γ 1, 2, 4, 8 where γ really costs 1 + γ / 10 iterations of 1 ms.
+
+    `spoilt` says by turn and γ how many times as long an iteration seems; γ 0 is one without draft.
+    """
+    turn = -1
+
+    def seconds(length: int) -> float:
+        nonlocal turn
+        turn += length == 0
+        return 0.001 * (1.0 + length / 10.0) * spoilt.get((turn, length), 1.0)
+
+    def iterations(_: Any, __: Any, ___: int, method: str, fields: dict[str, int]) -> int:
+        return 0 if method == "autoregressive" else fields["num_draft_tokens"]
+
+    monkeypatch.setattr(iteration_costs, "_iterations", iterations)
+    monkeypatch.setattr(iteration_costs, "_seconds", seconds)
+    drafts = {length: {"num_draft_tokens": length} for length in (1, 2, 4, 8)}
+    make: Any = None
+    found = iteration_costs._measure("mtad", make, DecodeConfig(), 100, drafts)
+    assert turn == TURNS - 1
+    return found
+
+
+def test_a_slow_turn_and_a_slow_iteration_price_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = pytest.approx({1: 1.1, 2: 1.2, 4: 1.4, 8: 1.8}, abs=1e-3)
+    assert measured(monkeypatch, {}) == expected
+    assert measured(monkeypatch, {(1, length): 3.0 for length in (0, 1, 2, 4, 8)}) == expected
+    for length, turn in itertools.product((0, 1, 4, 8), range(TURNS)):
+        assert measured(monkeypatch, {(turn, length): 4.0}) == expected, (turn, length)
+    # One that seems too dear ends its turn, and is tried again in the next.
+    assert measured(monkeypatch, {(0, 2): DEAR * 2}) == expected
+
+
+def test_a_draft_that_is_always_too_dear_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = measured(monkeypatch, {(turn, 4): 10.0 for turn in range(TURNS)})
+    assert list(found) == [1, 2, 4] and found[4] == pytest.approx(14.0)
+
+
+def test_of_two_iterations_the_faster_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One may have recorded a graph; the first holds the prefill and is not timed."""
+    now = 0.0
+
+    def iterations() -> Iterator[None]:
+        nonlocal now
+        for seconds in (100.0, 9.0, 2.0, 1.0):
+            now += seconds
+            yield
+
+    monkeypatch.setattr(iteration_costs.time, "perf_counter", lambda: now)
+    run: Any = iterations()
+    assert iteration_costs._seconds(run) == 2.0
+    assert next(run, "ended") == "ended"

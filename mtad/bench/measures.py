@@ -177,7 +177,7 @@ def rows(
 
     def finish(row: Row) -> Row:
         setting, own = row.line.setting, found[row.line.setting]
-        expected = predict(quality[setting], config, costs, mean_rows(own))
+        expected = predict(quality[setting], config, costs, own)
         measured = _speedup(own, plain)
         shape, draft = (targets or {}).get(setting), (drafts or {}).get(setting)
         return dataclasses.replace(
@@ -355,18 +355,18 @@ def mean_rows(own: Runs) -> float | None:
 
 
 def predict(
-    quality: acceptance.Row, config: DecodeConfig, costs: Costs | None, rows: float | None
+    quality: acceptance.Row, config: DecodeConfig, costs: Costs | None, own: Runs
 ) -> float | None:
     """Tokens a pass × the cost of a one-token pass / the cost of verification and drafting.
 
-    With γ or the tree "auto" the costs of an iteration are those of its mean verification. None
+    With γ or the tree "auto" the iterations of a run cost what its mean verification does. None
     where iterations differ in what they draft in another way (W "auto"), and for transformers.
 
     Args:
         quality: the row.
         config: of the runs.
         costs: measured.
-        rows: mean rows of a verification.
+        own: the runs.
     """
     setting = quality.setting
     if config.beam_width == "auto" and setting.method in ("mtad", "mtad_tree"):
@@ -383,9 +383,10 @@ def predict(
     points = [point for point in found if point is not None]
     if len(points) < len(found):
         return None
-    several = sorted([(1.0, one_token), *points])
-    seconds = points[0][1] if len(points) == 1 else _between(several, rows)
-    if seconds is None:
+    seconds: float | None = points[0][1]
+    if len(points) > 1:
+        seconds = _mean_iteration(sorted([(1.0, one_token), *points]), own)
+    if not seconds:
         return None
     return quality.block_efficiency.value * one_token / seconds
 
@@ -407,6 +408,18 @@ def _tree_point(
     seconds = [verifying, costs.draft_first, *steps]
     known = [one for one in seconds if one is not None]
     return (float(rows), math.fsum(known)) if len(known) == len(seconds) else None
+
+
+def _mean_iteration(points: Sequence[tuple[float, float]], own: Runs) -> float | None:
+    """Seconds of an iteration: rows grow dear, so that their mean over all runs would not do."""
+    total, passes = 0.0, 0
+    for key, run in own.items():
+        seconds = _between(points, mean_rows({key: run}))
+        if seconds is None:
+            return None
+        total += run.record.target_passes * seconds
+        passes += run.record.target_passes
+    return ratio(total, passes)
 
 
 def _between(points: Sequence[tuple[float, float]], rows: float | None) -> float | None:
