@@ -75,33 +75,12 @@ def joint_accept_lengths(
             f"target_logprobs has shape {tuple(target_logprobs.shape)} and draft_logprobs"
             f" {tuple(draft_logprobs.shape)}, but both must be the same [..., γ]."
         )
-    if target_logprobs.ndim == 1 and target_logprobs.is_cpu:
-        target, draft = target_logprobs.tolist(), draft_logprobs.tolist()
-        exists = [True] * len(target) if real is None else real.tolist()
-        return torch.tensor(_longest_passing(target, draft, exists, log_threshold))
     passes = joint_log_ratios(target_logprobs, draft_logprobs) > log_threshold
     passes = passes if real is None else passes & real
     depths = torch.arange(1, passes.shape[-1] + 1, device=passes.device)
     if not depths.shape[0]:
         return depths.new_zeros(passes.shape[:-1])
     return (depths * passes).amax(-1)
-
-
-def _longest_passing(
-    target_logprobs: Sequence[float],
-    draft_logprobs: Sequence[float],
-    real: Sequence[bool],
-    log_threshold: float,
-) -> int:
-    """The same for one block on the host: a few numbers, quicker added up than sent to torch."""
-    longest, joint_target, joint_draft = 0, 0.0, 0.0
-    columns = zip(target_logprobs, draft_logprobs, real, strict=True)
-    for depth, (log_p, log_q, exists) in enumerate(columns, start=1):
-        joint_target += log_p
-        joint_draft += log_q
-        if joint_target - joint_draft > log_threshold and exists:
-            longest = depth
-    return longest
 
 
 def joint_accept_length(
@@ -155,9 +134,6 @@ def joint_tree_path(
 
 def leading_run(accepted: Tensor) -> Tensor:
     """[..., γ] bool → [...] int64: how many are True before the first False."""
-    if accepted.ndim == 1 and accepted.is_cpu:
-        verdicts = [*accepted.tolist(), False]
-        return torch.tensor(verdicts.index(False))
     return accepted.long().cumprod(-1).sum(-1)
 
 

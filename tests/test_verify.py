@@ -179,7 +179,7 @@ def test_joint_tree_path_equals_the_oracle(data: st.DataObject) -> None:
 def test_leading_run(verdicts: list[bool], expected: int) -> None:
     alone = torch.tensor(verdicts, dtype=torch.bool)
     assert int(leading_run(alone)) == expected
-    assert leading_run(torch.stack([alone, ~alone]))[0] == expected  # as a device computes it
+    assert leading_run(torch.stack([alone, ~alone]))[0] == expected
 
 
 def test_rejection_never_keeps_a_token_of_probability_zero() -> None:
