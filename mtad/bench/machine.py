@@ -155,10 +155,10 @@ class _Best:
 def _bandwidths(best: _Best, size: int) -> tuple[float, float]:
     """Bytes a second that a sum or a matrix-vector product reads, and that a copy reads."""
     rows = max(size // (4 * _COLUMNS), 1)
-    source = torch.ones(rows, _COLUMNS, device=best.device)
-    if best.device.type == "cpu":  # as the kernels' weights are
-        pages = large_pages(4 * source.numel()).view(torch.float32)
-        source = pages.view_as(source).copy_(source)
+    if best.device.type == "cpu":  # in pages as the kernels' weights are
+        source = large_pages(4 * rows * _COLUMNS).view(torch.float32).view(rows, -1).fill_(1.0)
+    else:
+        source = torch.ones(rows, _COLUMNS, device=best.device)
     vector = torch.ones(_COLUMNS, device=best.device)
     moved = 4 * source.numel()
     reading = min(best(source.sum), best(lambda: torch.mv(source, vector)))
