@@ -131,6 +131,12 @@ def load_draft(
         ) from error
     check_draft(draft, target)
     draft.to(device or target.device, dtype or target.dtype)
+    for name, weight in draft.named_parameters():
+        if not bool(weight.isfinite().all()):  # finite numbers may unpack to one that is too large
+            raise PairError(
+                f"{file} cannot be read as a draft: {name} has values that are not finite in"
+                f" {str(weight.dtype).removeprefix('torch.')}. Copy or make it again."
+            )
     return draft.requires_grad_(False).eval()
 
 
@@ -184,9 +190,6 @@ def _build(header: str, tensors: dict[str, Tensor]) -> HiddenDraft:
     names = dict(draft.named_parameters())
     _check_tensors(tensors, names, config.weight_bits)
     state = {name: _unpack(name, tensors) for name in names}
-    for name, weight in state.items():
-        if not bool(weight.isfinite().all()):
-            raise ValueError(f"{name} has values that are not finite")
     draft.token_ids = tensors["token_ids"].long()
     draft.load_state_dict(state | {"token_ids": draft.token_ids}, assign=True)
     return draft

@@ -418,8 +418,13 @@ def test_a_file_of_4_bits_gives_back_what_it_was_rounded_to(tmp_path: Path) -> N
         assert torch.equal(FourBits.nearest(theirs).values(), theirs), "rounded twice"
     stored = load_file(file)
     assert stored["join.weight"].dtype == torch.uint8 and stored["join.weight"].shape == (64, 64)
-    del stored["join.weight.low"]
     about = {"config": dataclasses.asdict(draft.config)}
+    low = stored["join.weight.low"]
+    large = {name: torch.full_like(low, 65504) for name in ("join.weight.low", "join.weight.step")}
+    save_file(stored | large, file, {"mtad hidden draft 1": json.dumps(about)})
+    with pytest.raises(PairError, match="join.weight has values that are not finite in float16"):
+        load_draft(tmp_path, target, CPU, torch.float16)
+    del stored["join.weight.low"]
     save_file(stored, file, {"mtad hidden draft 1": json.dumps(about)})
     with pytest.raises(PairError, match=r"weight.low is absent, but must be float16 of .64, 4"):
         load_draft(tmp_path, target, CPU, torch.float32)
