@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from mtad.config import DecodeConfig
 from mtad.draft import BlockDrafter, Drafter, Resumable
 from mtad.eager import Saved
 from mtad.hidden_draft import Ends, HiddenDraft
-from mtad.histories import Histories
+from mtad.histories import Searched
 from mtad.logits import Logits
 from mtad.pairs import EAGER, NATIVE, ModelPair, check_engine, hidden_drafter, ready_draft
 from mtad.trace import ModelInfo
@@ -87,7 +87,7 @@ class NarrowDrafter:
         steps: int,
         chance: Callable[[int], Tensor],
         ends: Tensor,
-    ) -> Sequence[Histories] | None:
+    ) -> Searched | None:
         """See `BlockDrafter`: what the drafter says."""
         if not isinstance(self._drafter, BlockDrafter):
             return None

@@ -7,7 +7,7 @@ log q as logits, unwarped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from mtad.config import DecodeConfig
 from mtad.eager import Saved
 from mtad.errors import PairError
-from mtad.histories import Histories
+from mtad.histories import Searched
 from mtad.lm import CachedLM, Recorder
 from mtad.logits import Logits
 
@@ -108,7 +108,7 @@ class BlockDrafter(Protocol):
         steps: int,
         chance: Callable[[int], Tensor],
         ends: Tensor,
-    ) -> Sequence[Histories] | None:
+    ) -> Searched | None:
         """Beam sampling for some steps, see `mtad.decoders.beams.grow_beams`.
 
         Args:
@@ -228,7 +228,7 @@ class RecordedDrafter:
         steps: int,
         chance: Callable[[int], Tensor],
         ends: Tensor,
-    ) -> Sequence[Histories] | None:
+    ) -> Searched | None:
         """See `BlockDrafter`; recorded as "draft"."""
         if not self._drafts_blocks:
             return None

@@ -82,6 +82,15 @@ class Passes(Protocol):
         those of the slots. Logits may be on another device.
         """
 
+    def grow_tree(
+        self,
+        ancestors: Tensor | None,  # [nodes, nodes]
+        parents: Tensor,  # [n]
+        levels: int,
+        length: int,
+    ) -> tuple[Tensor, Tensor]:
+        """`mtad.tree.grown` of n nodes above a prefix of `length` tokens."""
+
     def crop(self, length: int) -> None:
         """Drops all slots from `length` on."""
 
@@ -138,6 +147,12 @@ class EagerPasses:
             mask = masks if len(masks) > 1 else next(iter(masks.values()))
         output = self._call(token_ids, mask, positions, layers)
         return Output(output.logits[0], self._states(output, layers))
+
+    def grow_tree(
+        self, ancestors: Tensor | None, parents: Tensor, levels: int, length: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `Passes.grow_tree`."""
+        return tree.grown(ancestors, parents, levels, length)
 
     def crop(self, length: int) -> None:
         """See `Passes.crop`."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar, overload
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass
@@ -38,3 +42,81 @@ class Histories:
     def best(self) -> Tensor:
         """Slot of the hypothesis with the largest joint, as a tensor of one element."""
         return self.joint.argmax().view(1)
+
+
+AnyHistories = TypeVar("AnyHistories", bound=Histories)
+
+
+class BeamBlock(NamedTuple):
+    """The hypothesis with the largest joint after s steps, see `Histories`; [s] each."""
+
+    token_ids: Tensor
+    logprobs: Tensor
+    real: Tensor
+    nodes: Tensor
+
+
+class BeamTree(NamedTuple):
+    """The W·s hypotheses of all s steps as nodes, level by level, each named by its last token.
+
+    Attributes:
+        token_ids: [W·s].
+        parents: [W·s], −1 for a child of the root.
+        logprobs: [W·s] of each token given those before it.
+        real: [W·s] bool.
+        paths: [W·s, s] the node at each depth on the way to every node, −1 below it.
+        reference: [s] log-probabilities of the best final hypothesis, 0 after its end.
+    """
+
+    token_ids: Tensor
+    parents: Tensor
+    logprobs: Tensor
+    real: Tensor
+    paths: Tensor
+    reference: Tensor
+
+
+class Searched(Protocol):
+    """The hypotheses after each step of a search, and what a draft makes of them."""
+
+    def __len__(self) -> int: ...
+
+    @overload
+    def __getitem__(self, step: int) -> Histories: ...
+
+    @overload
+    def __getitem__(self, step: slice) -> Sequence[Histories]: ...
+
+    def best_block(self) -> BeamBlock:
+        """See `BeamBlock`."""
+
+    def tree(self) -> BeamTree:
+        """See `BeamTree`."""
+
+
+class History(list[AnyHistories]):
+    """See `Searched`; step by step."""
+
+    def best_block(self) -> BeamBlock:
+        """See `BeamBlock`."""
+        last, best = self[-1], self[-1].best()
+        return BeamBlock(
+            *(
+                column.index_select(0, best)[0]
+                for column in (last.token_ids, last.logprobs, last.real, last.nodes)
+            )
+        )
+
+    def tree(self) -> BeamTree:
+        """See `BeamTree`."""
+        roots = torch.full_like(self[0].nodes[:, -1], -1)
+        return BeamTree(
+            token_ids=torch.cat([beams.token_ids[:, -1] for beams in self]),
+            parents=torch.cat([roots] + [beams.nodes[:, -2] for beams in self[1:]]),
+            logprobs=torch.cat([beams.logprobs[:, -1] for beams in self]),
+            real=torch.cat([beams.real[:, -1] for beams in self]),
+            paths=torch.cat(
+                [pad(beams.nodes, (0, len(self) - beams.steps), value=-1) for beams in self]
+            ),
+            reference=self.best_block().logprobs,
+        )

@@ -24,7 +24,7 @@ from mtad.decoders import load_decoder
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.pace import AUTO_TREES, AUTO_WIDTHS, MAX_AUTO_DRAFT_TOKENS
-from mtad.trace import Decision
+from mtad.trace import Outcome
 
 CONTEXT_TOKENS = 100
 TURNS = 4
@@ -105,7 +105,7 @@ def _measure(
     return {draft: round(statistics.median_low(found), 4) for draft, found in ratios.items()}
 
 
-def _seconds(run: Generator[Decision, None, None]) -> float:
+def _seconds(run: Generator[Outcome, None, None]) -> float:
     """Of an iteration, the faster of some from the second on: another may have recorded a graph.
 
     Ends the run: a drafter of the user's own is one object, and holds one text.
@@ -126,7 +126,7 @@ def _iterations(
     context: int,
     method: str,
     fields: Mapping[str, Any],
-) -> Generator[Decision, None, None]:
+) -> Generator[Outcome, None, None]:
     """Iterations with a draft on any text: what they cost depends little on it."""
     target, draft = make()
     prompt = [1 + k * 7919 % (target.vocab_size - 1) for k in range(context)]

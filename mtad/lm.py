@@ -287,5 +287,7 @@ class CachedLM:
             last = self.nodes - 1
             parents = torch.arange(last, last + count, device=self.device)
             levels = count
-        self._ancestors = tree.extend_ancestors(self._ancestors, parents, levels)
-        return self.length + tree.node_depths(self._ancestors)[-count:]
+        self._ancestors, positions = self._passes.grow_tree(
+            self._ancestors, parents, levels, self.length
+        )
+        return positions

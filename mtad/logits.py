@@ -42,7 +42,67 @@ class Stretches(Protocol):
         """
 
 
-class Search(Protocol):
+Rows = tuple[Tensor, Tensor]
+"""[R, K] log-probabilities, and the tokens they are of."""
+
+Nodes = tuple[Tensor, "Tensor | None", Tensor, "Tensor | None"]
+"""Of N nodes of a draft tree, parents before children: [N] tokens; [N] parents, −1 for a child of
+the token before the tree, None for a chain; [N] log q; [N] bool, which slots hold a node, None if
+all do. Row 0 of p is that before the tree, row 1 + i that behind node i."""
+
+
+class Rules(Protocol):
+    """Acceptance rules in one go, each beginning with the look-up of log p [N] of the nodes.
+
+    None from an engine without code of its own for it: then it is what `mtad.verify` says.
+    """
+
+    def joint_prefix(
+        self, target: Rows, nodes: Nodes, log_threshold: float
+    ) -> tuple[Tensor, Tensor] | None:
+        """`mtad.verify.joint_accept_lengths` of a chain → log p [N], the accepted length []."""
+
+    def kept_run(
+        self, target: Rows, nodes: Nodes, uniform: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """`mtad.verify.rejection_ratios` of a chain, tested with [N] uniforms in turn.
+
+        Returns:
+            log p [N], the ratios [N], the length [] of the run that is kept.
+        """
+
+    def joint_path(
+        self, target: Rows, nodes: Nodes, reference: Tensor, paths: Tensor, log_threshold: float
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """`mtad.verify.joint_tree_path` → log p [N], the accepted length [], the path [D]."""
+
+    def walk(
+        self,
+        target: Rows,
+        draft: Rows,
+        nodes: Nodes,
+        levels: int,
+        uniform: Tensor,
+        replacement: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] | None:
+        """`mtad.verify.multi_candidate` from the root of a tree down to what is accepted.
+
+        Args:
+            target: log p of each row.
+            draft: [M, K'] log q of what children were drawn from, rows as those of p.
+            nodes: of `levels` levels.
+            levels: D.
+            uniform: [N + 1], one for the test of each node and one for the final draw.
+            replacement: whether children were drawn with replacement.
+
+        Returns:
+            log p [N]; the accepted nodes [D] and how many []; how many siblings were tested
+            below each of them [D]; ratios and uniforms of the tests [N], NaN for none; the final
+            token [].
+        """
+
+
+class Search(Rules, Protocol):
     """How an engine reads rows of logits. All work in float32 and leave NaN visible.
 
     Attributes:
@@ -240,6 +300,22 @@ class TorchSearch:
 
     def record(self, *_: object) -> None:
         """See `Search.record`."""
+        return None
+
+    def joint_prefix(self, *_: object) -> None:
+        """See `Rules.joint_prefix`."""
+        return None
+
+    def kept_run(self, *_: object) -> None:
+        """See `Rules.kept_run`."""
+        return None
+
+    def joint_path(self, *_: object) -> None:
+        """See `Rules.joint_path`."""
+        return None
+
+    def walk(self, *_: object) -> None:
+        """See `Rules.walk`."""
         return None
 
 

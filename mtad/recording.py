@@ -1,8 +1,9 @@
 """What a run records beside its decisions: seconds, joules and texts.
 
 Also watches for stop strings, because only here ids have become text. A decision is noted when it
-falls and becomes a step when somebody is to see it: after a pass, which has driven everything else
-out of a CPU's caches, the same lines take three times as long as for several decisions in a row.
+falls, and written out as a step when somebody is to see it: after a pass, which has driven
+everything else out of a CPU's caches, the same lines take three times as long as for several
+decisions in a row.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from mtad.energy import EnergyWindows, Meter, none_meter, probe
 from mtad.lm import Recorder
 from mtad.text import Detokenizer
-from mtad.trace import Alternative, Decision, Step, replace_emitted
+from mtad.trace import Decision, Outcome, Step, replace_emitted
 
 
 class Timing:
@@ -73,7 +74,7 @@ class Timing:
 class _Noted:
     """A decision, and what can only be read off when it falls."""
 
-    decision: Decision
+    outcome: Outcome
     seconds: float
     joules: float | None
     spans: dict[str, float]
@@ -112,13 +113,13 @@ class Scribe:
         self._seconds = {"draft": 0.0, "verify": 0.0}
         self._tail = ""
 
-    def note(self, decision: Decision) -> None:
+    def note(self, outcome: Outcome) -> None:
         """Takes a decision at the moment when it falls."""
         seconds = self._timing.since_decoding_began()
         joules = self._timing.meter.joules_so_far()
-        if self.first_token_seconds is None and decision.emitted:
+        if self.first_token_seconds is None and outcome.emitted:
             self.first_token_seconds = self._timing.prefill_seconds + seconds
-        self._noted.append(_Noted(decision, seconds, joules, self._recorder.take()))
+        self._noted.append(_Noted(outcome, seconds, joules, self._recorder.take()))
 
     def write(self) -> Iterator[Step]:
         """The steps of what was noted since; provisional ones are remembered, not recorded.
@@ -129,30 +130,21 @@ class Scribe:
             one = self._noted.popleft()
             for name, spent in one.spans.items():
                 self._seconds[name] = self._seconds.get(name, 0.0) + spent
-            if not (one.decision.provisional and self._noted):
+            if not (one.outcome.provisional and self._noted):
                 yield self._step(one)
 
     def _step(self, noted: _Noted) -> Step:
-        decision = noted.decision
         words = self._words
-        if decision.provisional or self._provisional is not None:
+        if noted.outcome.provisional or self._provisional is not None:
             # A hypothesis is spelled from the start each time: its tokens may all be others.
             words = Detokenizer(self._tokenizer, self._prompt_ids)
             self._tail = ""
+        decision = noted.outcome.write(words.piece)
         texts = [words.push(token) for token in decision.emitted]
         decision, texts = self._cut_at_stop(decision, texts)
         step = Step(
             index=len(self.steps),
-            decision=dataclasses.replace(
-                decision,
-                alternatives=tuple(
-                    tuple(
-                        Alternative(a.token_id, a.logprob, words.piece(a.token_id))
-                        for a in position
-                    )
-                    for position in decision.alternatives
-                ),
-            ),
+            decision=decision,
             emitted_texts=tuple(texts),
             node_texts=tuple(words.piece(token) for token in decision.tree.token_ids),
             draft_seconds=self._seconds["draft"],

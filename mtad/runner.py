@@ -41,7 +41,7 @@ from mtad.processor import cpu_name
 from mtad.recording import Scribe, Timing, meter_for, synchronize
 from mtad.session import Session
 from mtad.text import encode_prompt
-from mtad.trace import Decision, Step, StopReason, Trace
+from mtad.trace import Outcome, Step, StopReason, Trace
 from mtad.version import __version__
 
 # For `interval_seconds` where a person reads: nobody sees more, and waking up for every step costs
@@ -300,7 +300,7 @@ class _Run:
         target = CachedLM(pair.engine_target, pair.vocab_size, recorder=recorder, check=self._check)
         drafter = self._drafter(recorder) if self.info.uses_draft else None
         budget = min(self.config.max_new_tokens, self.room)
-        decisions = load_decoder(self.info.id)(
+        outcomes = load_decoder(self.info.id)(
             target,
             drafter,
             self.prompt_ids,
@@ -315,9 +315,12 @@ class _Run:
             with decoding(pair):
                 if self._session is not None:
                     self._session.begin(pair, self.prompt_ids, target, drafter)
-                reason = self._drain(decisions, scribe)
+                reason = self._drain(outcomes, scribe)
         finally:
             windows = timing.end()
+            # What nobody has seen yet is written when the clock stands: it is not decoding.
+            self._bunch.extend(scribe.write())
+        scribe.settle()
         notes = tuple(pair.notes) if self.info.uses_draft else ()
         if self._session is not None:
             notes += self._leave(self._session, scribe, target, drafter)
@@ -345,7 +348,7 @@ class _Run:
             prompt_ids=tuple(self.prompt_ids),
             started_at=started_at,
             text="".join(step.text for step in scribe.steps),
-            stop_reason=reason,
+            stop_reason=reason or self._end(scribe),
             steps=tuple(scribe.steps),
             energy=windows.decode,
             end_to_end_energy=windows.end_to_end,
@@ -353,27 +356,26 @@ class _Run:
             notes=notes,
         )
 
-    def _drain(self, decisions: Iterator[Decision], scribe: Scribe) -> StopReason:
-        """Takes decisions until the run ends, and says why it ended."""
+    def _drain(self, outcomes: Iterator[Outcome], scribe: Scribe) -> StopReason | None:
+        """Takes decisions, and says what stopped the run; None if it came to its end."""
         try:
-            try:
-                for decision in decisions:
-                    scribe.note(decision)
-                    due = self._due()
-                    if due or scribe.watches:
-                        self._bunch.extend(scribe.write())
-                    if due:
-                        self._report()
-                    if scribe.stopped:
-                        return "stop"
-            finally:
-                self._bunch.extend(scribe.write())
+            for outcome in outcomes:
+                scribe.note(outcome)
+                due = self._due()
+                if due or scribe.watches:
+                    self._bunch.extend(scribe.write())
+                if due:
+                    self._report()
+                if scribe.stopped:
+                    return "stop"
         except DeadlineExceeded:
-            scribe.settle()
             return "deadline"
         except Cancelled:
-            scribe.settle()
             return "cancelled"
+        return None
+
+    def _end(self, scribe: Scribe) -> StopReason:
+        """Why a run came to its end."""
         last = scribe.steps[-1].decision.emitted[-1]
         if last in self.pair.eos_token_ids and not self.config.ignore_eos:
             return "eos"

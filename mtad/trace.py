@@ -1,9 +1,10 @@
 """Traces: what a run decided, what it cost, and nothing that needs a model to be read.
 
 The same frozen dataclasses serve the live view, the replay, the export and the upload. A
-decoder makes `Decision`s (ids and log-probabilities only); the runner adds texts, seconds and
-joules and makes `Step`s; a finished run is a `Trace`. Everything here is plain Python: the
-module imports no torch, and a trace can be replayed on a machine that has no model.
+decoder makes `Decision`s (ids and log-probabilities only), each written out when its `Outcome` is
+asked for it; the runner adds texts, seconds and joules and makes `Step`s; a finished run is a
+`Trace`. Everything here is plain Python: the module imports no torch, and a trace can be replayed
+on a machine that has no model.
 
 In JSON, −∞ is written as null where a log-probability stands, and NaN is refused.
 """
@@ -14,6 +15,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal, TypeVar
 
@@ -220,6 +222,42 @@ class Decision:
         accepted = min(len(self.path), len(self.emitted))
         last: TokenKind = self.final_kind or "sampled"
         return tuple("accepted" if i < accepted else last for i in range(len(self.emitted)))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an iteration has decided, written out when somebody asks.
+
+    Between two passes of a model time is dear: to write a decision there takes as long as to
+    write several of them later, one after the other.
+
+    Attributes:
+        emitted: see `Decision`.
+        write: gives the decision, its alternatives with the texts that this finds for them.
+        provisional: see `Decision`.
+    """
+
+    emitted: tuple[int, ...]
+    write: Callable[[Callable[[int], str]], Decision]
+    provisional: bool = False
+
+    @staticmethod
+    def of(decision: Decision) -> Outcome:
+        """One that is known in full."""
+
+        def write(text_of: Callable[[int], str]) -> Decision:
+            spelled = tuple(
+                tuple(Alternative(a.token_id, a.logprob, text_of(a.token_id)) for a in position)
+                for position in decision.alternatives
+            )
+            return dataclasses.replace(decision, alternatives=spelled)
+
+        return Outcome(decision.emitted, write, decision.provisional)
+
+    @property
+    def decision(self) -> Decision:
+        """The decision, without texts."""
+        return self.write(lambda token_id: "")
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,14 @@ def extend_ancestors(ancestors: Tensor | None, parents: Tensor, levels: int) -> 
     return matrix
 
 
+def grown(
+    ancestors: Tensor | None, parents: Tensor, levels: int, length: int
+) -> tuple[Tensor, Tensor]:
+    """`extend_ancestors`, and the new nodes' positions [m] in a text that goes on at `length`."""
+    whole = extend_ancestors(ancestors, parents, levels)
+    return whole, length + node_depths(whole)[-parents.shape[0] :]
+
+
 def chain_ancestors(length: int, device: torch.device) -> Tensor:
     """[length, length] bool: the ancestor matrix of a linear block."""
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()

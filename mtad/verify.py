@@ -69,13 +69,13 @@ def joint_accept_lengths(
     Raises:
         ConfigError: τ is not finite and positive, or the shapes differ.
     """
-    log_threshold = _log_threshold(threshold)
+    level = log_threshold(threshold)
     if target_logprobs.shape != draft_logprobs.shape or not target_logprobs.ndim:
         raise ConfigError(
             f"target_logprobs has shape {tuple(target_logprobs.shape)} and draft_logprobs"
             f" {tuple(draft_logprobs.shape)}, but both must be the same [..., γ]."
         )
-    passes = joint_log_ratios(target_logprobs, draft_logprobs) > log_threshold
+    passes = joint_log_ratios(target_logprobs, draft_logprobs) > level
     passes = passes if real is None else passes & real
     depths = torch.arange(1, passes.shape[-1] + 1, device=passes.device)
     if not depths.shape[0]:
@@ -118,7 +118,7 @@ def joint_tree_path(
         The accepted length (no dimensions, int64) and the path [D], of which only the first
         that many entries mean something.
     """
-    log_threshold = _log_threshold(threshold)
+    level = log_threshold(threshold)
     if paths.shape[0] == 0:
         return paths.sum(), paths.new_empty(0)
     on_path = paths >= 0
@@ -126,7 +126,7 @@ def joint_tree_path(
     joint_target = running_sums(conditionals)[:, -1]  # a node's own pads add exactly 0
     depths = on_path.sum(-1)
     joint_reference = running_sums(reference_logprobs)[depths - 1]
-    passing = ((joint_target - joint_reference) > log_threshold) & real
+    passing = ((joint_target - joint_reference) > level) & real
     best_depth = (depths * passing).amax()
     ranked = torch.where(passing & (depths == best_depth), joint_target, -torch.inf)
     return best_depth, paths.index_select(0, ranked.argmax().view(1)).squeeze(0).clamp_min(0)
@@ -215,7 +215,12 @@ def multi_candidate(
     return None, target.with_(target.token_ids, mass.log()), ratios
 
 
-def _log_threshold(threshold: float) -> float:
+def log_threshold(threshold: float) -> float:
+    """The natural logarithm of τ.
+
+    Raises:
+        ConfigError: τ is not finite and positive.
+    """
     if not (math.isfinite(threshold) and threshold > 0.0):
         raise ConfigError(
             f"accept_threshold is {threshold!r}, but must be a number greater than 0 and finite."

@@ -173,8 +173,8 @@ def test_the_joint_law_of_the_next_tokens_is_the_targets(
 
     def program() -> tuple[int, ...]:
         models = target.fresh(), draft.fresh()
-        decisions = load_decoder(method)(*models, PROMPT, config, torch.Generator())
-        return tuple(token for decision in decisions for token in decision.emitted)
+        outcomes = load_decoder(method)(*models, PROMPT, config, torch.Generator())
+        return tuple(token for outcome in outcomes for token in outcome.decision.emitted)
 
     law = branches.explore(program)
     expected = target_law(target, 3, config)
@@ -194,8 +194,8 @@ def test_the_enumeration_notices_a_wrong_rule(monkeypatch: pytest.MonkeyPatch) -
 
     def program() -> tuple[int, ...]:
         decode = load_decoder("speculative")
-        decisions = decode(target.fresh(), draft.fresh(), PROMPT, config, torch.Generator())
-        return tuple(token for decision in decisions for token in decision.emitted)
+        outcomes = decode(target.fresh(), draft.fresh(), PROMPT, config, torch.Generator())
+        return tuple(token for outcome in outcomes for token in outcome.decision.emitted)
 
     law = branches.explore(program)
     expected = target_law(target, 3, config)

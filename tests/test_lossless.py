@@ -100,8 +100,8 @@ def test_the_distribution_of_three_tokens_is_the_targets(
         for seed in range(runs):
             target_lm.rollback(0)
             generator = torch.Generator().manual_seed(seed)
-            decisions = decode(target_lm, drafter, prompt, config, generator)
-            tokens = tuple(token for decision in decisions for token in decision.emitted)
+            outcomes = decode(target_lm, drafter, prompt, config, generator)
+            tokens = tuple(token for outcome in outcomes for token in outcome.decision.emitted)
             counts[tokens] = counts.get(tokens, 0) + 1
         law = {}
         for tokens in itertools.product(range(vocab), repeat=3):

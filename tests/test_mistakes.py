@@ -243,8 +243,10 @@ def test_7_greedy_acceptance(monkeypatch: pytest.MonkeyPatch) -> None:
         candidates: Any, rows: Warped, chance: Tensor, config: DecodeConfig
     ) -> specinfer.Walk:
         walk = specinfer_walk(candidates, rows, chance, config)
-        if not walk.path and candidates.proposal.token_ids.shape[0]:
-            walk.path = [0]  # takes the draft's favourite although the target would not
+        if not walk.verdict.accepted and candidates.proposal.token_ids.shape[0]:
+            # Takes the draft's favourite although the target would not.
+            walk.verdict.path = torch.zeros(candidates.proposal.levels, dtype=torch.int64)
+            walk.verdict.accepted = torch.tensor(1)
         return walk
 
     specinfer_walk = specinfer.walk_down

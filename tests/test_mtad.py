@@ -111,9 +111,8 @@ def test_a_huge_threshold_is_plain_sampling_of_the_target() -> None:
     counts: dict[tuple[int, ...], int] = {}
     for seed in range(1500):
         generator = torch.Generator().manual_seed(seed)
-        decisions = list(
-            load_decoder("mtad")(target.fresh(), draft.fresh(), [0], config, generator)
-        )
+        outcomes = load_decoder("mtad")(target.fresh(), draft.fresh(), [0], config, generator)
+        decisions = [outcome.decision for outcome in outcomes]
         assert [decision.accepted_length for decision in decisions] == [0, 0]
         tokens = tuple(token for decision in decisions for token in decision.emitted)
         counts[tokens] = counts.get(tokens, 0) + 1
@@ -388,7 +387,7 @@ def test_mtjd_beam_commits_the_most_probable_final_beam() -> None:
     """The procedure that MTAD copies: with q = p the committed blocks are MTAD's blocks."""
     target = tiny("llama", vocab_size=24, seed=1)
     config = DecodeConfig(max_new_tokens=4, num_draft_tokens=4, beam_width=3, seed=2)
-    (decision,) = load_decoder("mtjd")(
+    (outcome,) = load_decoder("mtjd")(
         CachedLM(target), None, [3, 4, 5], config, torch.Generator().manual_seed(2)
     )
     state = mtad_decoder.State.begin(
@@ -400,8 +399,8 @@ def test_mtjd_beam_commits_the_most_probable_final_beam() -> None:
         (),
     )
     block = mtad_decoder.draft_block(state, 4)
-    assert decision.emitted == tuple(block.token_ids.tolist())
-    assert decision.target_passes == 4
+    assert outcome.emitted == tuple(block.token_ids.tolist())
+    assert outcome.decision.target_passes == 4
 
 
 class OddDrafter:

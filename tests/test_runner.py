@@ -341,7 +341,7 @@ def test_of_hypotheses_that_nobody_sees_only_the_last_is_spelled(
     write = recording.Scribe._step
 
     def counted(self: recording.Scribe, noted: Any) -> Step:
-        spelled.append(len(noted.decision.emitted))
+        spelled.append(len(noted.outcome.emitted))
         return write(self, noted)
 
     monkeypatch.setattr(recording.Scribe, "_step", counted)

@@ -197,7 +197,6 @@ class _Bench:
             cached_depth=length - 1,
             levels=length,
             real=torch.ones_like(tokens).bool(),
-            chain=False,
         )
 
     def _draft(self, draft: Drafter, rows: int) -> None:

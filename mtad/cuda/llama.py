@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 
+from mtad import tree
 from mtad.cuda.arena import MOST_ROWS, Arena, Lender, padded
 from mtad.cuda.graphs import Graphs, ordinary_tensors
 from mtad.cuda.stack import LayerWeights, Stack, fused
@@ -163,6 +164,12 @@ class CudaPasses:
         # The next pass of these shapes writes where this one wrote.
         hidden = None if hidden is None else hidden[:count].clone()
         return Output(logits[:count].clone(), hidden, arena.search)
+
+    def grow_tree(
+        self, ancestors: Tensor | None, parents: Tensor, levels: int, length: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `Passes.grow_tree`."""
+        return tree.grown(ancestors, parents, levels, length)
 
     def crop(self, length: int) -> None:
         """See `Passes.crop`."""

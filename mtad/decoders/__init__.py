@@ -1,7 +1,7 @@
 """The decoding methods, one file each, and the way to find them by id.
 
 A decoder is a function `decode(target, draft, prompt_ids, config, generator)` that yields
-Decisions. It never times, prints, detokenises or meters.
+the Outcome of each iteration. It never times, prints, detokenises or meters.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mtad.catalogue import method_info
 from mtad.config import DecodeConfig
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
-from mtad.trace import Decision
+from mtad.trace import Outcome
 
 
 class Decoder(Protocol):
@@ -31,7 +31,7 @@ class Decoder(Protocol):
         generator: torch.Generator,
         *,
         eos_token_ids: Sequence[int] = (),
-    ) -> Iterator[Decision]:
+    ) -> Iterator[Outcome]:
         """Decodes after `prompt_ids`, which are not empty, with caches that are."""
 
 

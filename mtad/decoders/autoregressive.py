@@ -13,7 +13,7 @@ from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.logits import Logits
 from mtad.sampling import draw_row, warp
-from mtad.trace import Decision
+from mtad.trace import Outcome
 
 
 def decode(
@@ -24,7 +24,7 @@ def decode(
     generator: torch.Generator,
     *,
     eos_token_ids: Sequence[int] = (),
-) -> Iterator[Decision]:
+) -> Iterator[Outcome]:
     """See `mtad.decoders.Decoder`; the draft is not used."""
     state = State.begin(target, None, prompt_ids, config, generator, eos_token_ids)
     nothing = Proposal.nothing(target.device)
@@ -39,7 +39,6 @@ def sample(
     """A token from p; `none` [] is the 0."""
     return Verdict(
         proposal.draft_logprobs,
-        path=proposal.token_ids,
         accepted=none,
         final_token=draw_row(warp(logits, config), none, chance),
     )

@@ -23,7 +23,7 @@ from mtad.decoders.common import (
 )
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
-from mtad.trace import Decision
+from mtad.trace import Decision, Outcome
 
 _PRUNE_EVERY = 16
 
@@ -36,7 +36,7 @@ def decode(
     generator: torch.Generator,
     *,
     eos_token_ids: Sequence[int] = (),
-) -> Iterator[Decision]:
+) -> Iterator[Outcome]:
     """See `mtad.decoders.Decoder`; the draft is not used."""
     state = State.begin(target, None, prompt_ids, config, generator, eos_token_ids)
     width = config.width
@@ -57,12 +57,13 @@ def decode(
         slots = slots.index_select(0, beams.came_from)
         over, decision = read_best(beams, config)
         done = over or beams.steps == config.max_new_tokens
-        yield dataclasses.replace(
+        decision = dataclasses.replace(
             decision,
             target_passes=target.passes - passes,
             target_positions=target.positions - positions,
             provisional=not done,
         )
+        yield Outcome.of(decision)
         if done:
             return
         if beams.steps % _PRUNE_EVERY == 0:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mtad.config import DecodeConfig
 from mtad.growth import append, grown
-from mtad.histories import Histories
+from mtad.histories import Histories, History
 from mtad.logits import Logits, wide
 from mtad.sampling import narrows, score, token_logprobs, top_alternatives
 
@@ -151,7 +151,7 @@ def grow_beams(
     is_eos: Callable[[Tensor], Tensor],
     *,
     record: int = 0,
-) -> list[Beams]:
+) -> History[Beams]:
     """Grows beams for `steps` steps and returns them after each step.
 
     Args:
@@ -166,15 +166,14 @@ def grow_beams(
     """
     width, waiting = config.width, pending.shape[0]
     logits = next_logits(pending, None)[-1:]
-    history = [
-        Beams.root(pending.device).grow(logits, width, config, uniforms, is_eos, record=record)
-    ]
+    beams = Beams.root(pending.device).grow(logits, width, config, uniforms, is_eos, record=record)
+    history = History([beams])
     for step in range(1, steps):
-        beams = history[-1]
         if step == 1:
             parents = torch.full_like(beams.token_ids[:, 0], waiting - 1)
         else:
             parents = waiting + beams.nodes[:, -2]
         logits = next_logits(beams.token_ids[:, -1], parents)
-        history.append(beams.grow(logits, width, config, uniforms, is_eos, record=record))
+        beams = beams.grow(logits, width, config, uniforms, is_eos, record=record)
+        history.append(beams)
     return history

@@ -17,7 +17,7 @@ from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.logits import Logits, wide
 from mtad.sampling import draw, token_logprobs, warp
-from mtad.trace import Decision
+from mtad.trace import Outcome
 from mtad.verify import leading_run, rollback_keeps
 
 
@@ -29,7 +29,7 @@ def decode(
     generator: torch.Generator,
     *,
     eos_token_ids: Sequence[int] = (),
-) -> Iterator[Decision]:
+) -> Iterator[Outcome]:
     """See `mtad.decoders.Decoder`."""
     state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids)
     while state.running:
@@ -44,7 +44,6 @@ def while_likely(config: DecodeConfig, block: Proposal, logits: Logits, chance: 
     accepted = leading_run(rollback_keeps(scores, config.rollback_threshold))
     return Verdict(
         rows.rows(0, block.levels).logprob_of(block.token_ids),
-        path=torch.arange(block.levels, device=accepted.device),
         accepted=accepted,
         final_token=draw(rows.row(accepted), chance[0]),
         corrects=True,

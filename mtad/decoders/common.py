@@ -11,8 +11,8 @@ whether to go on, and `specinfer` tests its tree on the host.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -24,12 +24,12 @@ from mtad.config import DEFAULT_WIDTH, DecodeConfig
 from mtad.decoders.beams import grow_beams
 from mtad.draft import BlockDrafter, Drafter
 from mtad.errors import PairError
-from mtad.histories import Histories
+from mtad.histories import Searched
 from mtad.lm import CachedLM
 from mtad.logits import Logits, wide
 from mtad.pace import Pace, WidthPace
 from mtad.sampling import Uniforms, narrows, recorded
-from mtad.trace import Alternative, Decision, DraftTree, FinalKind
+from mtad.trace import Alternative, Decision, DraftTree, FinalKind, Outcome
 
 NUM_ALTERNATIVES = 5
 
@@ -40,25 +40,30 @@ class Proposal:
 
     Attributes:
         token_ids: [N] int64.
-        parents: [N] int64, −1 for a child of the pending token.
         draft_logprobs: [N], log q of each token given its ancestors.
         cached_depth: how deep the nodes are that the draft has in its cache; −1 if not even the
             pending tokens were given to it.
         levels: the depth of the tree.
-        real: [N] bool, False for slots without a node.
-        chain: True if node i is the only child of node i − 1.
+        parents: [N] int64, −1 for a child of the pending token; None for a chain, in which node i
+            is the only child of node i − 1.
+        real: [N] bool, False for slots without a node; None if there are none. In a chain they
+            are the last ones.
         draft_nodes: [N] int64, the same nodes in the draft's cache, counted after the pending
             tokens; read for nodes of a depth up to `cached_depth`. None if they are 0 … N − 1.
     """
 
     token_ids: Tensor
-    parents: Tensor
     draft_logprobs: Tensor
     cached_depth: int
     levels: int
-    real: Tensor
-    chain: bool = True
+    parents: Tensor | None = None
+    real: Tensor | None = None
     draft_nodes: Tensor | None = None
+
+    @property
+    def chain(self) -> bool:
+        """Whether it is a linear block."""
+        return self.parents is None
 
     @staticmethod
     def block(
@@ -71,18 +76,15 @@ class Proposal:
     ) -> Proposal:
         """A linear block of [γ] tokens; all of them real unless said otherwise."""
         size = token_ids.shape[0]
-        parents = torch.arange(-1, size - 1, device=token_ids.device)
-        if real is None:
-            real = torch.ones_like(parents, dtype=torch.bool)
         return Proposal(
-            token_ids, parents, draft_logprobs, cached_depth, size, real, draft_nodes=draft_nodes
+            token_ids, draft_logprobs, cached_depth, size, real=real, draft_nodes=draft_nodes
         )
 
     @staticmethod
     def nothing(device: torch.device, cached_depth: int = -1) -> Proposal:
         """No draft: the pass serves the pending token alone."""
         none = torch.empty(0, dtype=torch.int64, device=device)
-        return Proposal(none, none, none.float(), cached_depth, 0, none.bool())
+        return Proposal(none, none.float(), cached_depth, 0)
 
 
 @dataclass
@@ -91,9 +93,10 @@ class Verdict:
 
     Attributes:
         target_logprobs: [N] log p of each node, warped.
-        path: [D] node at each depth; only the first `accepted` entries mean something.
         accepted: [] how many nodes of the path are accepted.
         final_token: what the target adds after them, [] or [1].
+        path: [D] node at each depth; only the first `accepted` entries mean something. None
+            along a chain, whose path it is itself.
         corrects: the final token replaces a rejected one wherever there is one.
         reference_logprobs: [D], see `Decision`.
         scores: [N], see `DraftTree`.
@@ -101,9 +104,9 @@ class Verdict:
     """
 
     target_logprobs: Tensor
-    path: Tensor
     accepted: Tensor
     final_token: Tensor
+    path: Tensor | None = None
     corrects: bool = False
     reference_logprobs: Tensor | None = None
     scores: Tensor | None = None
@@ -239,7 +242,7 @@ class State:
             self.draft_passes += uniform.shape[0] - 1
         return found
 
-    def draft_beams(self, steps: int) -> Sequence[Histories]:
+    def draft_beams(self, steps: int) -> Searched:
         """Beam sampling on the draft below its pending tokens: the hypotheses after each step.
 
         At once where the draft can, see `BlockDrafter.draft_beams`; else step by step.
@@ -272,7 +275,7 @@ class State:
         token_ids, parents = self.pending, None
         if proposal.levels:
             token_ids = torch.cat([self.pending, proposal.token_ids])
-        if not proposal.chain:
+        if proposal.parents is not None:
             parents = torch.cat([proposal.parents.new_full((1,), -1), proposal.parents + 1])
         layers = self.draft.target_layers if self.draft is not None else ()
         output = self.target.forward(token_ids, parents, levels=proposal.levels + 1, layers=layers)
@@ -286,7 +289,7 @@ class State:
         logits: Logits,  # [1 + N, V]
         chances: int,
         *drafted: Tensor,
-    ) -> Decision:
+    ) -> Outcome:
         """Has a rule decide and carries it out.
 
         The rule and all that is recorded of the pass are one stretch, so that an engine may record
@@ -299,72 +302,91 @@ class State:
             chances: how many uniforms the rule gets.
             drafted: passed on to the rule.
         """
-        config = self.rule_config
+        config, chance = self.rule_config, self.uniforms(chances)
+        if logits.search.stretches is None:
+            verdict = rule(config, proposal, logits, chance, *drafted)
+            found = _find(proposal, logits, verdict)
+            return self._settle(proposal, found, found.to_host())
+        names = [name for name in _COLUMNS if getattr(proposal, name) is not None]
 
         def compute(logits: Logits, chance: Tensor, *tensors: Tensor) -> _Findings:
-            tokens, parents, draft_logprobs, real, *rest = tensors
-            shape = proposal.cached_depth, proposal.levels
-            offered = Proposal(tokens, parents, draft_logprobs, *shape, real, proposal.chain)
-            verdict = rule(config, offered, logits, chance, *rest)
+            columns = dict(zip(names, tensors, strict=False))
+            offered = Proposal(
+                *(columns["token_ids"], columns["draft_logprobs"]),
+                *(proposal.cached_depth, proposal.levels),
+                *(columns.get("parents"), columns.get("real")),
+            )
+            verdict = rule(config, offered, logits, chance, *tensors[len(names) :])
             return _find(offered, logits, verdict)
 
-        columns = (getattr(proposal, name) for name in _COLUMNS)
-        key = rule, config, proposal.levels, proposal.chain
-        chance = self.uniforms(chances)
-        return self._settle(proposal, logits.stretch(key, compute, chance, *columns, *drafted))
+        key = rule, config, proposal.cached_depth, proposal.levels, *names
+        columns = (getattr(proposal, name) for name in names)
+        found = logits.stretch(key, compute, chance, *columns, *drafted)
+        return self._settle(proposal, found, found.to_host().read())
 
-    def conclude(self, proposal: Proposal, logits: Logits, verdict: Verdict) -> Decision:
+    def conclude(self, proposal: Proposal, logits: Logits, verdict: Verdict) -> Outcome:
         """Carries out a verdict that was reached on the host."""
-        return self._settle(proposal, _find(proposal, logits, verdict))
+        found = _find(proposal, logits, verdict)
+        return self._settle(proposal, found, found.to_host())
 
-    def _settle(self, proposal: Proposal, found: _Findings) -> Decision:
-        """Reads the outcome back, rolls both caches to it and says what was decided."""
-        host = found.to_host()
-        check_finite("target", host["alternative_logprobs"] + host["target_logprobs"])
+    def _settle(self, proposal: Proposal, found: _Findings, host: _Host) -> Outcome:
+        """Rolls both caches to the outcome and says what was decided."""
+        check_finite("target", host["emitted_logprobs"] + host["target_logprobs"])
         check_finite("draft", host["draft_logprobs"] + host["reference_logprobs"])
-        tree, new_index = prune(host, self.eos_ids)
-        path_nodes = [int(node) for node in host["path"][: int(host["accepted"][0])]]
-        accepted_path = tuple(new_index[node] for node in path_nodes if node in new_index)
-        new_tokens = [tree.token_ids[node] for node in accepted_path]
-        final_kind: FinalKind | None = None
-        if not new_tokens or new_tokens[-1] not in self.eos_ids:
-            new_tokens.append(int(host["final_token"][0]))
-            last = accepted_path[-1] if accepted_path else -1
-            rejected_something = last in tree.parents
-            final_kind = "corrected" if found.corrects and rejected_something else "bonus"
-            if not tree.token_ids:
-                final_kind = "sampled"
-        self._advance(proposal, found.path, len(accepted_path), found.final_token)
-        if self.pace is not None and tree.depth:
-            self.pace.observe(len(accepted_path), tree.depth)
+        accepted, emitted = self._read_path(host)
+        self._advance(proposal, found.path, accepted, found.final_token)
+        if self.pace is not None and proposal.levels:
+            self.pace.observe(accepted, prune(host, self.eos_ids).tree.depth)
             self.follow_pace()
-        self.remaining -= len(new_tokens)
-        self.ended = new_tokens[-1] in self.eos_ids
+        self.remaining -= len(emitted)
+        self.ended = emitted[-1] in self.eos_ids
         draft_passes, self.draft_passes = self.draft_passes, 0
-        return Decision(
-            tree=tree,
-            reference_logprobs=tuple(host["reference_logprobs"]),
-            path=accepted_path,
-            emitted=tuple(new_tokens),
-            emitted_logprobs=tuple(host["emitted_logprobs"][: len(new_tokens)]),
-            final_kind=final_kind,
-            alternatives=alternatives(host, found.alternatives, len(new_tokens)),
-            target_passes=1,
-            target_positions=1 + proposal.token_ids.shape[0],
-            draft_passes=draft_passes,
-        )
+        positions, eos_ids = 1 + proposal.token_ids.shape[0], self.eos_ids
+
+        def write(text_of: Callable[[int], str]) -> Decision:
+            pruned = prune(host, eos_ids)
+            path = pruned.path(host, accepted)
+            return Decision(
+                tree=pruned.tree,
+                reference_logprobs=tuple(host["reference_logprobs"]),
+                path=path,
+                emitted=emitted,
+                emitted_logprobs=tuple(host["emitted_logprobs"][: len(emitted)]),
+                final_kind=pruned.final_kind(path, emitted, found.corrects),
+                alternatives=alternatives(host, found.alternatives, len(emitted), text_of),
+                target_passes=1,
+                target_positions=positions,
+                draft_passes=draft_passes,
+            )
+
+        return Outcome(emitted, write)
+
+    def _read_path(self, host: _Host) -> tuple[int, tuple[int, ...]]:
+        """How many nodes are accepted, and all tokens that this iteration adds.
+
+        Nothing lives below an end-of-sequence: what was accepted there is not.
+        """
+        accepted = int(host["accepted"][0])
+        tokens = host["token_ids"]
+        path = host["path"]
+        emitted: list[int] = []
+        for depth in range(accepted):
+            emitted.append(int(tokens[int(path[depth]) if path else depth]))
+            if emitted[-1] in self.eos_ids:
+                return depth + 1, tuple(emitted)
+        return accepted, (*emitted, int(host["final_token"][0]))
 
     def _advance(
-        self, proposal: Proposal, path: Tensor, accepted: int, final_token: Tensor
+        self, proposal: Proposal, path: Tensor | None, accepted: int, final_token: Tensor
     ) -> None:
         """Commits the accepted path in both caches and sets what is pending in each."""
-        accepted_path = path[:accepted]
-        if proposal.chain:
+        if path is None:
             # A path along a chain is its begin.
             self.target.keep(1 + accepted)
             tokens = proposal.token_ids[:accepted]
             hidden = None if self.hidden is None else self.hidden[: 1 + accepted]
         else:
+            accepted_path = path[:accepted]
             rows = torch.cat([path.new_zeros(1), accepted_path + 1])
             self.target.keep(rows)
             tokens = proposal.token_ids.index_select(0, accepted_path)
@@ -378,14 +400,12 @@ class State:
             return
         waiting = self.draft_pending.shape[0]
         cached = min(accepted, proposal.cached_depth)
-        if proposal.chain and proposal.draft_nodes is None:
+        nodes = proposal.draft_nodes if path is None else accepted_path
+        if nodes is None:
             self.draft.keep(waiting + cached, hidden)
         else:
-            nodes = accepted_path[:cached]
-            if proposal.draft_nodes is not None:
-                nodes = proposal.draft_nodes[:cached]
-            fed = torch.arange(waiting, device=path.device)
-            self.draft.keep(torch.cat([fed, waiting + nodes]), hidden)
+            fed = torch.arange(waiting, device=nodes.device)
+            self.draft.keep(torch.cat([fed, waiting + nodes[:cached]]), hidden)
         # After a whole block the draft is one token short: it never read the last one.
         self.draft_pending = self.pending
         if accepted > cached:
@@ -410,7 +430,7 @@ def _for_rules(config: DecodeConfig) -> DecodeConfig:
 _Packed: TypeAlias = "dict[str, Tensor] | tuple[dict[str, int], Tensor]"
 
 # What a rule sees of a proposal.
-_COLUMNS = "token_ids", "parents", "draft_logprobs", "real"
+_COLUMNS = "token_ids", "draft_logprobs", "parents", "real"
 
 
 @dataclass
@@ -425,13 +445,13 @@ class _Findings:
         packed: see `pack`.
     """
 
-    path: Tensor
+    path: Tensor | None
     final_token: Tensor
     corrects: bool
     alternatives: int
     packed: _Packed
 
-    def to_host(self) -> dict[str, list[float]]:
+    def to_host(self) -> _Host:
         """What was packed."""
         return unpack(self.packed)
 
@@ -442,17 +462,12 @@ def _find(
     verdict: Verdict,
 ) -> _Findings:
     path, final_token = verdict.path, verdict.final_token
-    # The path along a chain is the chain.
-    rows = None if proposal.chain else torch.cat([path.new_zeros(1), path + 1])
-    tokens = proposal.token_ids if proposal.chain else proposal.token_ids[path]
+    tokens, rows = proposal.token_ids, None
+    if path is not None:
+        tokens, rows = tokens[path], torch.cat([path.new_zeros(1), path + 1])
     emitted_logprobs, alternative_ids, alternative_logprobs = recorded(
         logits, NUM_ALTERNATIVES, tokens, verdict.accepted, final_token, rows
     )
-    optional = {
-        name: value
-        for name in ("reference_logprobs", "scores", "thresholds")
-        if (value := getattr(verdict, name)) is not None
-    }
     packed = pack(
         accepted=verdict.accepted,
         final_token=final_token,
@@ -465,23 +480,26 @@ def _find(
         emitted_logprobs=emitted_logprobs,
         alternative_ids=alternative_ids,
         alternative_logprobs=alternative_logprobs,
-        **optional,
+        reference_logprobs=verdict.reference_logprobs,
+        scores=verdict.scores,
+        thresholds=verdict.thresholds,
     )
     count = alternative_ids.shape[-1]
     return _Findings(path, final_token, verdict.corrects, count, packed)
 
 
-def to_host(**columns: Tensor) -> dict[str, list[float]]:
+def to_host(**columns: Tensor) -> _Host:
     """Reads tensors back in one copy, flattened, under the names they were given."""
     return unpack(pack(**columns))
 
 
-def pack(**columns: Tensor) -> _Packed:
-    """Tensors by name, so that one copy brings them all to the host.
+def pack(**optional: Tensor | None) -> _Packed:
+    """Tensors by name, so that one copy brings them all to the host; no name for None.
 
     On a device all elements go one after the other into one tensor. float64 holds token ids and
     float32 values exactly. (On MPS float32 does, for vocabularies under 2^24.)
     """
+    columns = {name: column for name, column in optional.items() if column is not None}
     if _on_host(next(iter(columns.values()))):
         return columns
     flat = {name: column.flatten() for name, column in columns.items()}
@@ -495,41 +513,87 @@ def _on_host(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
-def unpack(packed: _Packed) -> dict[str, list[float]]:
-    """Reads back what `pack` gave, flattened; a name that it was not given is an empty list."""
-    host: dict[str, list[float]] = defaultdict(list)
+class _Host(dict[str, list[float]]):
+    """Columns by name, flattened; of tensors on the host those that were asked for.
+
+    A name that there is none of is an empty list.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], known: Mapping[str, list[float]]) -> None:
+        super().__init__(known)
+        self._tensors = tensors
+
+    def __missing__(self, name: str) -> list[float]:
+        tensor = self._tensors.get(name)
+        column: list[float] = [] if tensor is None else tensor.flatten().tolist()
+        self[name] = column
+        return column
+
+    def read(self) -> _Host:
+        """With every column read: what is in the tensors may change."""
+        for name in self._tensors:
+            self[name]
+        return self
+
+
+def unpack(packed: _Packed) -> _Host:
+    """Reads back what `pack` gave."""
     if isinstance(packed, dict):
-        for name, column in packed.items():
-            host[name] = column.flatten().tolist()
-        return host
+        return _Host(packed, {})
     sizes, together = packed
     values: list[float] = together.tolist()
-    start = 0
+    host, start = _Host({}, {}), 0
     for name, size in sizes.items():
         host[name] = values[start : start + size]
         start += size
     return host
 
 
-_NO_TREE = DraftTree()
+@dataclass(frozen=True)
+class _Pruned:
+    """The tree that was really offered.
 
-
-def prune(
-    host: Mapping[str, list[float]], eos_ids: Collection[int]
-) -> tuple[DraftTree, dict[int, int]]:
-    """The tree that was really offered, and where each of its nodes came from.
-
-    Slots without a node go, and so does what a draft wrote below an end-of-sequence: nothing
-    lives there.
+    Attributes:
+        tree: without slots that held no node, and without what a draft wrote below an
+            end-of-sequence: nothing lives there.
+        index: what the nodes that are left were called before → their place in the tree.
     """
-    new_index = {-1: -1}
-    if not host["token_ids"]:
-        return _NO_TREE, new_index
+
+    tree: DraftTree
+    index: Mapping[int, int]
+
+    def path(self, host: _Host, accepted: int) -> tuple[int, ...]:
+        """The accepted nodes."""
+        nodes = map(int, host["path"]) if host["path"] else range(accepted)
+        return tuple(self.index[node] for node in itertools.islice(nodes, accepted))
+
+    def final_kind(
+        self, path: Sequence[int], emitted: Sequence[int], corrects: bool
+    ) -> FinalKind | None:
+        """What the token behind the path is; None without one."""
+        if not self.tree.token_ids:
+            return "sampled"
+        if len(emitted) == len(path):
+            return None
+        last = path[-1] if path else -1
+        return "corrected" if corrects and last in self.tree.parents else "bonus"
+
+
+_NO_TREE = _Pruned(DraftTree(), {})
+
+
+def prune(host: _Host, eos_ids: Collection[int]) -> _Pruned:
+    """See `_Pruned`."""
     token_ids = [int(token) for token in host["token_ids"]]
-    parents = [int(parent) for parent in host["parents"]]
+    size = len(token_ids)
+    if not size:
+        return _NO_TREE
+    real = host["real"] or [True] * size
+    parents = [int(parent) for parent in host["parents"]] or range(-1, size - 1)
+    new_index = {-1: -1}
     for node, parent in enumerate(parents):
         below_eos = parent >= 0 and token_ids[parent] in eos_ids
-        if host["real"][node] and parent in new_index and not below_eos:
+        if real[node] and parent in new_index and not below_eos:
             new_index[node] = len(new_index) - 1
     kept = [node for node in new_index if node >= 0]
 
@@ -546,17 +610,21 @@ def prune(
         scores=tested(host["scores"]),
         thresholds=tested(host["thresholds"]),
     )
-    return tree, new_index
+    return _Pruned(tree, new_index)
 
 
 def alternatives(
-    host: Mapping[str, list[float]], count: int, positions: int
+    host: Mapping[str, list[float]],
+    count: int,
+    positions: int,
+    text_of: Callable[[int], str] = lambda token_id: "",
 ) -> tuple[tuple[Alternative, ...], ...]:
     """The recorded alternatives of the first positions, `count` each."""
     end = count * positions
-    pairs = zip(host["alternative_ids"][:end], host["alternative_logprobs"][:end], strict=True)
-    flat = [Alternative(int(token), logprob) for token, logprob in pairs]
-    return tuple(tuple(flat[i : i + count]) for i in range(0, len(flat), count))
+    tokens = [int(token) for token in host["alternative_ids"][:end]]
+    logprobs = host["alternative_logprobs"][:end]
+    flat = tuple(map(Alternative, tokens, logprobs, map(text_of, tokens)))
+    return tuple(flat[i : i + count] for i in range(0, len(flat), count))
 
 
 def check_finite(model: str, logprobs: Sequence[float]) -> None:

@@ -16,9 +16,9 @@ from mtad.decoders.common import Proposal, State, Verdict
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.logits import Logits
-from mtad.sampling import draw_row, score, warp
-from mtad.trace import Decision
-from mtad.verify import joint_accept_lengths
+from mtad.sampling import Warped, draw_row, score, warp
+from mtad.trace import Outcome
+from mtad.verify import joint_accept_lengths, log_threshold
 
 
 def decode(
@@ -29,7 +29,7 @@ def decode(
     generator: torch.Generator,
     *,
     eos_token_ids: Sequence[int] = (),
-) -> Iterator[Decision]:
+) -> Iterator[Outcome]:
     """See `mtad.decoders.Decoder`."""
     state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids)
     while state.running:
@@ -41,19 +41,27 @@ def longest_prefix(
     config: DecodeConfig, block: Proposal, logits: Logits, chance: Tensor
 ) -> Verdict:
     """The longest prefix whose joint ratio exceeds τ, and a token from p behind it."""
-    length = block.levels
     scored = score(logits, config)
-    target_logprobs = scored.rows(0, length).logprob_of(block.token_ids)
-    accepted = joint_accept_lengths(
-        target_logprobs, block.draft_logprobs, config.accept_threshold, block.real
-    )
+    target_logprobs, accepted = joint_prefix(scored, block, config.accept_threshold)
     warped = scored if config.temperature > 0.0 else warp(logits, config)
     return Verdict(
         target_logprobs,
-        path=torch.arange(length, device=accepted.device),
         accepted=accepted,
         final_token=draw_row(warped, accepted, chance),
         reference_logprobs=block.draft_logprobs,
+    )
+
+
+def joint_prefix(target: Warped, block: Proposal, threshold: float) -> tuple[Tensor, Tensor]:
+    """Of the draft tokens log p [γ], and how many are accepted; in one go where the engine can."""
+    nodes = block.token_ids, None, block.draft_logprobs, block.real
+    rows = target.logprobs, target.token_ids
+    found = target.search.joint_prefix(rows, nodes, log_threshold(threshold))
+    if found is not None:
+        return found
+    target_logprobs = target.rows(0, block.levels).logprob_of(block.token_ids)
+    return target_logprobs, joint_accept_lengths(
+        target_logprobs, block.draft_logprobs, threshold, block.real
     )
 
 
@@ -61,12 +69,5 @@ def draft_block(state: State, length: int) -> Proposal:
     """The hypothesis with the largest joint q after γ steps of beam sampling on the draft."""
     if length == 0:
         return Proposal.nothing(state.target.device)
-    beams = state.draft_beams(length)[-1]
-    best = beams.best()
-    return Proposal.block(
-        beams.token_ids.index_select(0, best)[0],
-        beams.logprobs.index_select(0, best)[0],
-        cached_depth=length - 1,
-        real=beams.real.index_select(0, best)[0],
-        draft_nodes=beams.nodes.index_select(0, best)[0],
-    )
+    token_ids, logprobs, real, nodes = state.draft_beams(length).best_block()
+    return Proposal.block(token_ids, logprobs, length - 1, real=real, draft_nodes=nodes)

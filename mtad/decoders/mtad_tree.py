@@ -11,16 +11,16 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from mtad.config import DecodeConfig
 from mtad.decoders.common import Proposal, State, Verdict
+from mtad.decoders.mtad import longest_prefix
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.logits import Logits
-from mtad.sampling import draw_row, score, warp
-from mtad.trace import Decision
-from mtad.verify import joint_tree_path
+from mtad.sampling import Warped, draw_row, score, warp
+from mtad.trace import Outcome
+from mtad.verify import joint_tree_path, log_threshold
 
 
 def decode(
@@ -31,7 +31,7 @@ def decode(
     generator: torch.Generator,
     *,
     eos_token_ids: Sequence[int] = (),
-) -> Iterator[Decision]:
+) -> Iterator[Outcome]:
     """See `mtad.decoders.Decoder`."""
     state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids)
     while state.running:
@@ -48,20 +48,37 @@ def deepest_node(
     paths: Tensor,  # [W·γ, γ]
 ) -> Verdict:
     """The deepest node that passes, and a token from p behind it; see `draft_tree`."""
-    # Row 0 of the pass follows the pending token, row 1 + i follows node i.
-    before = score(logits, config).select(tree.parents + 1)
-    target_logprobs = before.logprob_of(tree.token_ids)
-    accepted, path = joint_tree_path(
-        target_logprobs, reference, paths, tree.real, config.accept_threshold
+    if tree.chain:  # at the end of a run no node fits
+        return longest_prefix(config, tree, logits, chance)
+    scored = score(logits, config)
+    target_logprobs, accepted, path = joint_path(
+        scored, tree, reference, paths, config.accept_threshold
     )
+    warped = scored if config.temperature > 0.0 else warp(logits, config)
     last_row = torch.cat([path.new_zeros(1), path + 1]).index_select(0, accepted.view(1))
     return Verdict(
         target_logprobs,
         path=path,
         accepted=accepted,
-        final_token=draw_row(warp(logits, config), last_row, chance),
+        final_token=draw_row(warped, last_row, chance),
         reference_logprobs=reference,
     )
+
+
+def joint_path(
+    target: Warped, tree: Proposal, reference: Tensor, paths: Tensor, threshold: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each node log p [N]; the accepted length [] and path [γ]. In one go where that can be."""
+    nodes = tree.token_ids, tree.parents, tree.draft_logprobs, tree.real
+    rows = target.logprobs, target.token_ids
+    found = target.search.joint_path(rows, nodes, reference, paths, log_threshold(threshold))
+    if found is not None:
+        return found
+    assert tree.parents is not None and tree.real is not None
+    # Row 0 of the pass follows the pending token, row 1 + i follows node i.
+    target_logprobs = target.select(tree.parents + 1).logprob_of(tree.token_ids)
+    accepted, path = joint_tree_path(target_logprobs, reference, paths, tree.real, threshold)
+    return target_logprobs, accepted, path
 
 
 def draft_tree(state: State, length: int) -> tuple[Proposal, Tensor, Tensor]:
@@ -73,18 +90,14 @@ def draft_tree(state: State, length: int) -> tuple[Proposal, Tensor, Tensor]:
     """
     if length == 0:
         nothing = Proposal.nothing(state.target.device)
-        return nothing, nothing.draft_logprobs, nothing.parents.view(0, 0)
-    history = state.draft_beams(length)
-    roots = torch.full_like(history[0].nodes[:, -1], -1)
+        return nothing, nothing.draft_logprobs, nothing.token_ids.view(0, 0)
+    beams = state.draft_beams(length).tree()
     tree = Proposal(
-        token_ids=torch.cat([beams.token_ids[:, -1] for beams in history]),
-        parents=torch.cat([roots] + [beams.nodes[:, -2] for beams in history[1:]]),
-        draft_logprobs=torch.cat([beams.logprobs[:, -1] for beams in history]),
+        token_ids=beams.token_ids,
+        draft_logprobs=beams.logprobs,
         cached_depth=length - 1,
         levels=length,
-        real=torch.cat([beams.real[:, -1] for beams in history]),
-        chain=False,
+        parents=beams.parents,
+        real=beams.real,
     )
-    paths = torch.cat([pad(beams.nodes, (0, length - beams.steps), value=-1) for beams in history])
-    final = history[-1]
-    return tree, final.logprobs.index_select(0, final.best())[0], paths
+    return tree, beams.reference, beams.paths

@@ -20,7 +20,7 @@ from mtad.decoders.common import NUM_ALTERNATIVES, State
 from mtad.decoders.exact import search_exact
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
-from mtad.trace import Decision
+from mtad.trace import Decision, Outcome
 
 
 def decode(
@@ -31,7 +31,7 @@ def decode(
     generator: torch.Generator,
     *,
     eos_token_ids: Sequence[int] = (),
-) -> Iterator[Decision]:
+) -> Iterator[Outcome]:
     """See `mtad.decoders.Decoder`; the draft is not used."""
     state = State.begin(target, None, prompt_ids, config, generator, eos_token_ids)
     step = _exact_step if config.search == "exact" else _beam_step
@@ -42,11 +42,12 @@ def decode(
         state.pending = torch.tensor(decision.emitted[-1:], device=target.device)
         state.remaining -= len(decision.emitted)
         state.ended = decision.emitted[-1] in state.eos_ids
-        yield dataclasses.replace(
+        decision = dataclasses.replace(
             decision,
             target_passes=target.passes - passes,
             target_positions=target.positions - positions,
         )
+        yield Outcome.of(decision)
 
 
 def _beam_step(state: State, length: int) -> tuple[Decision, Tensor]:

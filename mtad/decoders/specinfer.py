@@ -20,7 +20,7 @@ from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.pace import TreePace
 from mtad.sampling import Warped, draw, draw_distinct, unwarped, warp
-from mtad.trace import Decision
+from mtad.trace import Outcome
 from mtad.verify import multi_candidate
 
 
@@ -32,7 +32,7 @@ def decode(
     generator: torch.Generator,
     *,
     eos_token_ids: Sequence[int] = (),
-) -> Iterator[Decision]:
+) -> Iterator[Outcome]:
     """See `mtad.decoders.Decoder`."""
     state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids, adapts=False)
     shape, pace = config.k_config, None
@@ -44,27 +44,11 @@ def decode(
         tree = candidates.proposal
         logits = state.verify(tree)
         rows = warp(logits, config)
-        target_logprobs = rows.select(tree.parents + 1).logprob_of(tree.token_ids)
-        walk = walk_down(candidates, rows, state.uniforms(tree.token_ids.shape[0]), config)
+        walk = walk_down(candidates, rows, state.uniforms(tree.token_ids.shape[0] + 1), config)
         if pace is not None:
             pace.observe(walk.tests)
             shape = pace.tree
-        device = target.device
-        path = torch.zeros(tree.levels, dtype=torch.int64)
-        path[: len(walk.path)] = torch.tensor(walk.path, dtype=torch.int64)
-        yield state.conclude(
-            tree,
-            logits,
-            Verdict(
-                target_logprobs,
-                path=path.to(device),
-                accepted=torch.tensor(len(walk.path), device=device),
-                final_token=draw(walk.final, state.uniforms(1)[0].cpu()).to(device),
-                corrects=True,
-                scores=walk.scores.to(device),
-                thresholds=walk.thresholds.to(device),
-            ),
-        )
+        yield state.conclude(tree, logits, walk.verdict)
 
 
 @dataclass
@@ -124,7 +108,6 @@ def draw_tree(state: State, shape: Sequence[int]) -> Candidates:
         cached_depth=depth - 1,
         levels=depth,
         real=torch.cat(real),
-        chain=False,
     )
     draft_rows = Warped(
         torch.cat([row.token_ids for row in rows]),
@@ -162,69 +145,109 @@ def _children(
 
 @dataclass
 class Walk:
-    """The outcome of the tests, on the host.
+    """The outcome of the tests.
 
     Attributes:
-        path: accepted nodes.
-        final: what the last token is drawn from.
-        scores: [N] p/q of each test, NaN for a node that was not tested.
-        thresholds: [N] the uniforms, NaN likewise.
+        verdict: scores are p/q of each test and thresholds its uniform, NaN for a node that was
+            not tested.
         tests: by depth, how many siblings were tested and whether the last of them was accepted.
     """
 
-    path: list[int]
-    final: Warped
-    scores: Tensor
-    thresholds: Tensor
+    verdict: Verdict
     tests: list[tuple[int, bool]]
 
 
 def walk_down(
     candidates: Candidates, target_rows: Warped, chance: Tensor, config: DecodeConfig
 ) -> Walk:
-    """Tests the children of the root, then those of the accepted child, and so on."""
-    tree = candidates.proposal
-    token_ids, parents = tree.token_ids.tolist(), tree.parents.tolist()
-    real = tree.real.tolist()
+    """Tests the children of the root, then those of the accepted child, and so on.
+
+    In one go where the engine can, else on the host.
+
+    Args:
+        candidates: the tree.
+        target_rows: [1 + N, K].
+        chance: [N + 1] uniforms, of each node's test and of the final draw.
+        config: temperature and replacement are read.
+    """
+    tree, drafted = candidates.proposal, candidates.draft_rows
+    if config.temperature > 0.0 and drafted is not None:
+        nodes = tree.token_ids, tree.parents, tree.draft_logprobs, tree.real
+        found = target_rows.search.walk(
+            (target_rows.logprobs, target_rows.token_ids),
+            (drafted.logprobs, drafted.token_ids),
+            nodes,
+            tree.levels,
+            chance,
+            config.replacement,
+        )
+        if found is not None:
+            target_logprobs, path, accepted, tests, scores, thresholds, final_token = found
+            verdict = Verdict(
+                *(target_logprobs, accepted, final_token, None if tree.chain else path),
+                *(True, None, scores, thresholds),
+            )
+            counts: list[int] = tests.tolist()
+            depth = int(accepted)
+            made = [(count, at < depth) for at, count in enumerate(counts) if count]
+            return Walk(verdict, made)
+    return _walk_on_host(candidates, target_rows, chance, config)
+
+
+def _walk_on_host(
+    candidates: Candidates, target_rows: Warped, chance: Tensor, config: DecodeConfig
+) -> Walk:
+    """See `walk_down`."""
+    tree, device = candidates.proposal, target_rows.logprobs.device
+    token_ids, size = tree.token_ids.tolist(), tree.token_ids.shape[0]
+    parents = list(range(-1, size - 1)) if tree.parents is None else tree.parents.tolist()
+    real = [True] * size if tree.real is None else tree.real.tolist()
     uniform = chance.tolist()
     rows, drafted = (
         None if of is None else Warped(of.token_ids.cpu(), of.logprobs.cpu(), of.vocab_size)
         for of in (target_rows, candidates.draft_rows)
     )
     assert rows is not None
-    scores = [math.nan] * len(token_ids)
+    scores = [math.nan] * size
     thresholds = list(scores)
-
-    def walk(final: Warped) -> Walk:
-        measured = torch.tensor([scores, thresholds], dtype=torch.float64)
-        return Walk(path, final, measured[0], measured[1], tests)
-
     path: list[int] = []
     tests: list[tuple[int, bool]] = []
     node = -1
     while True:
-        target = rows.with_(rows.token_ids[node + 1], rows.logprobs[node + 1])
+        final = rows.with_(rows.token_ids[node + 1], rows.logprobs[node + 1])
         children = [i for i, parent in enumerate(parents) if parent == node and real[i]]
         if not children or drafted is None:
-            return walk(target)
+            break
         tokens = [token_ids[child] for child in children]
         if config.temperature == 0.0:
-            best = int(target.token_ids[0])
+            best = int(final.token_ids[0])
             ratios = [float(token == best) for token in tokens]
             chances = [0.0] * len(tokens)
             accepted = tokens.index(best) if best in tokens else None
-            final = target
             ratios = ratios if accepted is None else ratios[: accepted + 1]
         else:
             chances = [uniform[child] for child in children]
             draft = drafted.with_(drafted.token_ids[node + 1], drafted.logprobs[node + 1])
             accepted, final, ratios = multi_candidate(
-                target, draft, tokens, chances, config.replacement
+                final, draft, tokens, chances, config.replacement
             )
         tests.append((len(ratios), accepted is not None))
         for child, ratio, threshold in zip(children, ratios, chances, strict=False):
             scores[child], thresholds[child] = ratio, threshold
         if accepted is None:
-            return walk(final)
+            break
         node = children[accepted]
         path.append(node)
+    before = torch.tensor(parents, dtype=torch.int64) + 1
+    measured = torch.tensor([scores, thresholds], dtype=torch.float64).to(device)
+    whole = torch.tensor(path + [0] * (tree.levels - len(path)), dtype=torch.int64)
+    verdict = Verdict(
+        rows.select(before).logprob_of(tree.token_ids.cpu()).to(device),
+        accepted=torch.tensor(len(path), device=device),
+        final_token=draw(final, chance[-1].cpu()).to(device),
+        path=None if tree.chain else whole.to(device),
+        corrects=True,
+        scores=measured[0],
+        thresholds=measured[1],
+    )
+    return Walk(verdict, tests)

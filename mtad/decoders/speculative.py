@@ -17,7 +17,7 @@ from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.logits import Logits
 from mtad.sampling import Warped, draw, narrows, residual, warp
-from mtad.trace import Decision
+from mtad.trace import Outcome
 from mtad.verify import leading_run, rejection_ratios
 
 
@@ -29,7 +29,7 @@ def decode(
     generator: torch.Generator,
     *,
     eos_token_ids: Sequence[int] = (),
-) -> Iterator[Decision]:
+) -> Iterator[Outcome]:
     """See `mtad.decoders.Decoder`."""
     state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids)
     while state.running:
@@ -48,9 +48,7 @@ def while_kept(
     """Tokens up to the first that a test rejects, and what replaces or follows it."""
     length = block.levels
     target = warp(logits, config)
-    target_logprobs = target.rows(0, length).logprob_of(block.token_ids)
-    ratios = rejection_ratios(target_logprobs, block.draft_logprobs)
-    accepted = leading_run(chance[:length] < ratios)
+    target_logprobs, ratios, accepted = kept_run(target, block, chance[:length])
     if drafted:
         token_ids, logprobs = drafted
         rows = Warped(token_ids, logprobs, target.vocab_size)
@@ -59,13 +57,26 @@ def while_kept(
         final_token = draw(target.row(accepted), chance[length])
     return Verdict(
         target_logprobs,
-        path=torch.arange(length, device=accepted.device),
         accepted=accepted,
         final_token=final_token,
         corrects=True,
         scores=ratios,
         thresholds=chance[:length],
     )
+
+
+def kept_run(target: Warped, block: Proposal, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each draft token log p and the ratio, [γ]; how many are kept before the first is not.
+
+    In one go where the engine can.
+    """
+    nodes = block.token_ids, None, block.draft_logprobs, None
+    found = target.search.kept_run((target.logprobs, target.token_ids), nodes, uniform)
+    if found is not None:
+        return found
+    target_logprobs = target.rows(0, block.levels).logprob_of(block.token_ids)
+    ratios = rejection_ratios(target_logprobs, block.draft_logprobs)
+    return target_logprobs, ratios, leading_run(uniform < ratios)
 
 
 def draft_block(state: State, length: int) -> tuple[Proposal, Warped | None]:

@@ -18,7 +18,7 @@ from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.logits import Logits, wide
 from mtad.sampling import draw_row, warp
-from mtad.trace import Decision
+from mtad.trace import Outcome
 from mtad.verify import leading_run, typical_thresholds
 
 
@@ -30,7 +30,7 @@ def decode(
     generator: torch.Generator,
     *,
     eos_token_ids: Sequence[int] = (),
-) -> Iterator[Decision]:
+) -> Iterator[Outcome]:
     """See `mtad.decoders.Decoder`."""
     state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids)
     while state.running:
@@ -48,7 +48,6 @@ def while_typical(config: DecodeConfig, block: Proposal, logits: Logits, chance:
     accepted = leading_run(probabilities > thresholds)
     return Verdict(
         target_logprobs,
-        path=torch.arange(block.levels, device=accepted.device),
         accepted=accepted,
         final_token=draw_row(rows, accepted, chance),
         scores=probabilities,

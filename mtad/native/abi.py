@@ -294,6 +294,56 @@ class Record(ctypes.Structure):
     )
 
 
+class Offer(ctypes.Structure):
+    """`Offer` of kernels.c."""
+
+    _fields_ = (
+        ("nodes", ctypes.c_int32),
+        ("columns", ctypes.c_int32),
+        ("logprobs", _Pointer),
+        ("token_ids", _Pointer),
+        ("tokens", _Pointer),
+        ("parents", _Pointer),
+        ("drafted", _Pointer),
+        ("real", _Pointer),
+        ("target", _Pointer),
+    )
+
+
+class Walk(ctypes.Structure):
+    """`Walk` of kernels.c."""
+
+    _fields_ = (
+        ("offer", Offer),
+        ("draft", _Pointer),
+        ("draft_ids", _Pointer),
+        ("draft_columns", ctypes.c_int32),
+        ("levels", ctypes.c_int32),
+        ("replacement", ctypes.c_int32),
+        ("uniform", _Pointer),
+        ("path", _Pointer),
+        ("accepted", _Pointer),
+        ("tests", _Pointer),
+        ("scores", _Pointer),
+        ("thresholds", _Pointer),
+        ("final", _Pointer),
+    )
+
+
+class Beams(ctypes.Structure):
+    """`Beams` of kernels.c."""
+
+    _fields_ = (
+        ("steps", ctypes.c_int32),
+        ("width", ctypes.c_int32),
+        ("token_ids", _Pointer),
+        ("logprobs", _Pointer),
+        ("nodes", _Pointer),
+        ("real", _Pointer),
+        ("joint", _Pointer),
+    )
+
+
 def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Gives the functions of a loaded library their types."""
     integer = ctypes.c_int
@@ -334,6 +384,24 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         ("mtad_draw_row", None, (*[_Pointer] * 4, integer, _Pointer)),
         ("mtad_draw_corrected", None, (ctypes.POINTER(Correction), _Pointer)),
         ("mtad_record", None, (ctypes.POINTER(Record),)),
+        ("mtad_best_block", None, (ctypes.POINTER(Beams), *[_Pointer] * 4)),
+        ("mtad_beam_tree", None, (ctypes.POINTER(Beams), *[_Pointer] * 6)),
+        (
+            "mtad_grow_tree",
+            None,
+            (_Pointer, integer, _Pointer, integer, ctypes.c_int64, _Pointer, _Pointer),
+        ),
+        ("mtad_joint_prefix", None, (ctypes.POINTER(Offer), ctypes.c_double, _Pointer)),
+        ("mtad_kept_run", None, (ctypes.POINTER(Offer), *[_Pointer] * 3)),
+        (
+            "mtad_joint_path",
+            None,
+            (
+                *(ctypes.POINTER(Offer), _Pointer, _Pointer, integer),
+                *(ctypes.c_double, _Pointer, _Pointer),
+            ),
+        ),
+        ("mtad_walk", None, (ctypes.POINTER(Walk),)),
         ("mtad_pick", None, (*[_Pointer] * 3, integer, integer, _Pointer)),
         ("mtad_kernels", ctypes.c_char_p, ()),
     ):

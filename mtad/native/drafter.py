@@ -17,13 +17,14 @@ from mtad.config import DecodeConfig
 from mtad.eager import Saved
 from mtad.errors import PairError
 from mtad.hidden_draft import Proposed, copy_log_odds
-from mtad.histories import Histories
+from mtad.histories import BeamBlock, BeamTree, Histories
 from mtad.logits import NO_TOKEN, Logits
-from mtad.native import abi
+from mtad.native import abi, library
 from mtad.native.draft import NativeDraft
 from mtad.native.memory import floats
 from mtad.native.packing import BLOCK
-from mtad.native.rows import NARROW, NATIVE_SEARCH
+from mtad.native.rows import NATIVE_SEARCH
+from mtad.native.rules import NARROW
 from mtad.native.threads import context
 
 _CHUNK_TOKENS = 512
@@ -350,7 +351,7 @@ class NativeDrafter:
 
 
 class Results(Sequence[Histories]):
-    """The histories after each step of a beam search, one after the other in a few tensors.
+    """See `Searched`: the histories after each step, one after the other in a few tensors.
 
     A view of one is made when it is asked for.
     """
@@ -383,6 +384,37 @@ class Results(Sequence[Histories]):
         wide = slice(start, start + width * steps)
         own = {name: self._tensors[name][wide].view(width, steps) for name in _WIDE}
         return Histories(**own, **{name: self._tensors[name][flat] for name in _FLAT})
+
+    def best_block(self) -> BeamBlock:
+        """See `Searched.best_block`."""
+        steps = self._steps
+        block = BeamBlock(
+            _ids(steps), floats(steps), torch.empty(steps, dtype=torch.bool), _ids(steps)
+        )
+        library.load().mtad_best_block(
+            ctypes.byref(self._struct()), *(column.data_ptr() for column in block)
+        )
+        return block
+
+    def tree(self) -> BeamTree:
+        """See `Searched.tree`."""
+        steps, size = self._steps, self._width * self._steps
+        tree = BeamTree(
+            token_ids=_ids(size),
+            parents=_ids(size),
+            logprobs=floats(size),
+            real=torch.empty(size, dtype=torch.bool),
+            paths=_ids(size, steps),
+            reference=floats(steps),
+        )
+        library.load().mtad_beam_tree(
+            ctypes.byref(self._struct()), *(column.data_ptr() for column in tree)
+        )
+        return tree
+
+    def _struct(self) -> abi.Beams:
+        columns = (self._tensors[name].data_ptr() for name, _ in abi.Beams._fields_[2:])
+        return abi.Beams(self._steps, self._width, *columns)
 
 
 _KINDS = {

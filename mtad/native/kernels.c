@@ -1757,6 +1757,169 @@ void mtad_record(const Record *r) {
     }
 }
 
+/* ---- acceptance rules ---------------------------------------------------------------------- */
+
+/* What both models say of the nodes of a draft tree, parents before children. The row before a node
+ * is its parent's; row 0 is that of the token before the tree. */
+typedef struct {
+    int32_t nodes, columns;
+    const float *logprobs;    /* [rows, columns] log p, */
+    const int64_t *token_ids; /*   of these tokens */
+    const int64_t *tokens;    /* [nodes] */
+    const int64_t *parents;   /* [nodes] −1 for a child of that token; NULL for a chain */
+    const float *drafted;     /* [nodes] log q */
+    const uint8_t *real;      /* [nodes] 0 for a slot without a node; NULL where all are */
+    float *target;            /* [nodes] becomes log p of each */
+} Offer;
+
+static int64_t parent_of(const Offer *o, int node) { return o->parents ? o->parents[node] : node - 1; }
+
+/* log p of a node. */
+static float look_up(const Offer *o, int node) {
+    const size_t start = (size_t)(parent_of(o, node) + 1) * (size_t)o->columns;
+    o->target[node] = -INFINITY;
+    for (size_t i = start; i < start + (size_t)o->columns; i++)
+        if (o->token_ids[i] == o->tokens[node]) o->target[node] = o->logprobs[i];
+    return o->target[node];
+}
+
+static int stands(const Offer *o, int node) { return !o->real || o->real[node]; }
+
+/* How long a prefix of a chain has a joint ratio p/q above a threshold: the longest such prefix. */
+void mtad_joint_prefix(const Offer *o, double log_threshold, int64_t *accepted) {
+    double target = 0.0, draft = 0.0;
+    *accepted = 0;
+    for (int node = 0; node < o->nodes; node++) {
+        target += (double)look_up(o, node);
+        draft += (double)o->drafted[node];
+        if (target - draft > log_threshold && stands(o, node)) *accepted = node + 1;
+    }
+}
+
+/* How many tokens of a chain are kept before the first whose ratio p/q is not above its uniform. */
+void mtad_kept_run(const Offer *o, const double *uniform, double *ratios, int64_t *accepted) {
+    int kept = 1;
+    *accepted = 0;
+    for (int node = 0; node < o->nodes; node++) {
+        ratios[node] = exp((double)look_up(o, node) - (double)o->drafted[node]);
+        kept = kept && uniform[node] < ratios[node];
+        *accepted += kept;
+    }
+}
+
+/* The way to the deepest node whose joint p is above that of a reference block under q, as far as
+ * the node is deep, by a threshold; of several the one with the largest p, of equal ones the first.
+ * Without any, the way to the first node. */
+void mtad_joint_path(const Offer *o, const float *reference, const int64_t *paths, int levels,
+                     double log_threshold, int64_t *accepted, int64_t *path) {
+    double best = -INFINITY;
+    int chosen = 0;
+    *accepted = 0;
+    for (int node = 0; node < o->nodes; node++) look_up(o, node);
+    for (int node = 0; node < o->nodes; node++) {
+        const int64_t *way = paths + (size_t)node * (size_t)levels;
+        double target = 0.0, draft = 0.0;
+        int depth = 0;
+        for (; depth < levels && way[depth] >= 0; depth++) {
+            target += (double)o->target[way[depth]];
+            draft += (double)reference[depth];
+        }
+        if (!(target - draft > log_threshold) || !stands(o, node) || depth < *accepted) continue;
+        if (depth == *accepted && !(target > best)) continue;
+        *accepted = depth, best = target, chosen = node;
+    }
+    for (int depth = 0; depth < levels; depth++) {
+        const int64_t node = paths[(size_t)chosen * (size_t)levels + (size_t)depth];
+        path[depth] = node > 0 ? node : 0;
+    }
+}
+
+/* Tests of the children of a node in turn, then of those of the child that was accepted. */
+typedef struct {
+    Offer offer;
+    const float *draft; /* [rows, draft columns] log q of what children were drawn from, */
+    const int64_t *draft_ids;
+    int32_t draft_columns, levels, replacement;
+    const double *uniform; /* [nodes + 1] of each node's test, then of the final draw */
+    int64_t *path;         /* [levels] accepted nodes, */
+    int64_t *accepted;     /*   so many */
+    int64_t *tests;        /* [levels] how many children were tested below each of them */
+    double *scores;        /* [nodes] p/q of each test, NaN for none, */
+    double *thresholds;    /*   and the uniforms, likewise */
+    int64_t *final;        /* the token behind them */
+} Walk;
+
+static void divide(double *masses, int count, double by) {
+    for (int i = 0; i < count && by > 0.0; i++) masses[i] /= by;
+}
+
+static double mass_of(const double *masses, const int64_t *ids, int count, int64_t token) {
+    double mass = 0.0;
+    for (int i = 0; i < count; i++) mass += ids[i] == token ? masses[i] : 0.0;
+    return mass;
+}
+
+/* See `multi_candidate` in verify.py. */
+void mtad_walk(const Walk *w) {
+    const Offer *o = &w->offer;
+    const int columns = o->columns, draft_columns = w->draft_columns;
+    double p[columns], q[draft_columns], shared[columns]; /* q of the tokens that p is about */
+    const int64_t *ids;
+    int64_t node = -1;
+    *w->accepted = 0;
+    for (int i = 0; i < w->levels; i++) w->path[i] = w->tests[i] = 0;
+    for (int i = 0; i < o->nodes; i++) {
+        look_up(o, i);
+        w->scores[i] = w->thresholds[i] = NAN;
+    }
+    for (;;) {
+        const size_t start = (size_t)(node + 1) * (size_t)columns;
+        ids = o->token_ids + start;
+        for (int i = 0; i < columns; i++) p[i] = exp((double)o->logprobs[start + (size_t)i]);
+        int tests = 0;
+        int64_t next = -1;
+        for (int child = (int)node + 1; child < o->nodes && next < 0; child++) {
+            if (parent_of(o, child) != node || !stands(o, child)) continue;
+            const size_t first = (size_t)(node + 1) * (size_t)draft_columns;
+            const int64_t *draft_ids = w->draft_ids + first, token = o->tokens[child];
+            if (!tests++) {
+                for (int i = 0; i < draft_columns; i++)
+                    q[i] = exp((double)w->draft[first + (size_t)i]);
+                for (int i = 0; i < columns; i++)
+                    shared[i] = mass_of(q, draft_ids, draft_columns, ids[i]);
+            }
+            const double drafted = mass_of(q, draft_ids, draft_columns, token);
+            const double ratio = drafted > 0.0 ? mass_of(p, ids, columns, token) / drafted : 0.0;
+            w->scores[child] = ratio;
+            w->thresholds[child] = w->uniform[child];
+            if (w->uniform[child] < ratio) {
+                next = child;
+                break;
+            }
+            double left[columns], total = 0.0;
+            for (int i = 0; i < columns; i++) {
+                left[i] = p[i] > shared[i] ? p[i] - shared[i] : 0.0;
+                total += left[i];
+            }
+            if (total > 0.0) memcpy(p, left, sizeof p);
+            divide(p, columns, total);
+            if (w->replacement) continue;
+            total = 0.0;
+            for (int i = 0; i < draft_columns; i++) {
+                q[i] = draft_ids[i] == token ? 0.0 : q[i];
+                total += q[i];
+            }
+            for (int i = 0; i < columns; i++) shared[i] = ids[i] == token ? 0.0 : shared[i];
+            divide(q, draft_columns, total);
+            divide(shared, columns, total);
+        }
+        if (tests) w->tests[*w->accepted] = tests;
+        if (next < 0) break;
+        node = w->path[(*w->accepted)++] = next;
+    }
+    *w->final = ids[invert(p, columns, w->uniform[o->nodes])];
+}
+
 /* ---- whole blocks of a draft --------------------------------------------------------------- */
 
 /* `steps` tokens behind the last of `first` entries, after which stand `logits`; each is read as an
@@ -1880,6 +2043,78 @@ int mtad_search(Context *c, const Draft *draft, Cache *cache, const Books *books
         wide = next;
     }
     return 0;
+}
+
+/* What `mtad_search` has left. */
+typedef struct {
+    int32_t steps, width;
+    const int64_t *token_ids;
+    const float *logprobs;
+    const int64_t *nodes;
+    const uint8_t *real;
+    const double *joint;
+} Beams;
+
+/* Where the [width, step] results of a step begin, the first being 1. */
+static size_t step_start(const Beams *b, int step) {
+    return (size_t)b->width * (size_t)step * (size_t)(step - 1) / 2;
+}
+
+/* Where the history of the likeliest hypothesis begins; a NaN counts as the likeliest. */
+static size_t best_of(const Beams *b) {
+    const double *joint = b->joint + (size_t)b->width * (size_t)(b->steps - 1);
+    int best = 0;
+    for (int slot = 1; slot < b->width; slot++)
+        if (joint[best] == joint[best] && !(joint[slot] <= joint[best])) best = slot;
+    return step_start(b, b->steps) + (size_t)best * (size_t)b->steps;
+}
+
+/* The likeliest hypothesis; [steps] each. */
+void mtad_best_block(const Beams *b, int64_t *token_ids, float *logprobs, uint8_t *real,
+                     int64_t *nodes) {
+    const size_t from = best_of(b), steps = (size_t)b->steps;
+    memcpy(token_ids, b->token_ids + from, steps * sizeof *token_ids);
+    memcpy(logprobs, b->logprobs + from, steps * sizeof *logprobs);
+    memcpy(real, b->real + from, steps);
+    memcpy(nodes, b->nodes + from, steps * sizeof *nodes);
+}
+
+/* All hypotheses as the nodes of a tree: [width · steps] each but paths, [width · steps, steps], and
+ * the conditionals of the likeliest hypothesis, [steps]. */
+void mtad_beam_tree(const Beams *b, int64_t *token_ids, int64_t *parents, float *logprobs,
+                    uint8_t *real, int64_t *paths, float *reference) {
+    const int steps = b->steps;
+    for (int step = 1, node = 0; step <= steps; step++) {
+        for (int slot = 0; slot < b->width; slot++, node++, paths += steps) {
+            const size_t from = step_start(b, step) + (size_t)slot * (size_t)step;
+            const size_t last = from + (size_t)step - 1;
+            token_ids[node] = b->token_ids[last];
+            parents[node] = step > 1 ? b->nodes[last - 1] : -1;
+            logprobs[node] = b->logprobs[last];
+            real[node] = b->real[last];
+            for (int depth = 0; depth < steps; depth++)
+                paths[depth] = depth < step ? b->nodes[from + (size_t)depth] : -1;
+        }
+    }
+    memcpy(reference, b->logprobs + best_of(b), (size_t)steps * sizeof *reference);
+}
+
+/* Adds `count` nodes to a tree of `old` ones: who is whose ancestor or the node itself, [old + count,
+ * old + count], and where the new ones stand in a text whose next token stands at `start`. */
+void mtad_grow_tree(const uint8_t *ancestors, int old, const int64_t *parents, int count, int64_t start,
+                    uint8_t *grown, int64_t *positions) {
+    const size_t size = (size_t)(old + count);
+    memset(grown, 0, size * size);
+    for (int node = 0; node < old; node++)
+        memcpy(grown + (size_t)node * size, ancestors + (size_t)node * (size_t)old, (size_t)old);
+    for (int node = 0; node < count; node++) {
+        uint8_t *row = grown + (size_t)(old + node) * size;
+        if (parents[node] >= 0) memcpy(row, grown + (size_t)parents[node] * size, size);
+        row[old + node] = 1;
+        int64_t depth = -1;
+        for (size_t i = 0; i < size; i++) depth += row[i];
+        positions[node] = start + depth;
+    }
 }
 
 /* ---- single products and moves ------------------------------------------------------------- */

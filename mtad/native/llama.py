@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from mtad.eager import Output
 from mtad.errors import PairError
+from mtad.native import library
 from mtad.native.model import LayerWeights, NativeModel
 from mtad.native.packing import BLOCK, fits
 from mtad.native.rows import NATIVE_SEARCH
@@ -88,6 +89,21 @@ class NativePasses:
         )
         assert rows.logits is not None
         return Output(rows.logits, rows.tapped, NATIVE_SEARCH)
+
+    def grow_tree(
+        self, ancestors: Tensor | None, parents: Tensor, levels: int, length: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `Passes.grow_tree`."""
+        old, count = 0 if ancestors is None else ancestors.shape[0], parents.shape[0]
+        ancestors = None if ancestors is None else ancestors.contiguous()
+        parents = parents.contiguous()
+        grown = torch.empty(old + count, old + count, dtype=torch.bool)
+        positions = torch.empty(count, dtype=torch.int64)
+        library.load().mtad_grow_tree(
+            *(None if ancestors is None else ancestors.data_ptr(), old),
+            *(parents.data_ptr(), count, length, grown.data_ptr(), positions.data_ptr()),
+        )
+        return grown, positions
 
     def crop(self, length: int) -> None:
         """See `Passes.crop`."""

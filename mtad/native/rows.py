@@ -11,13 +11,11 @@ from mtad.histories import Histories
 from mtad.logits import TORCH_SEARCH, Logits, Stretches
 from mtad.native import abi, library
 from mtad.native.memory import floats
+from mtad.native.rules import NARROW, NativeRules
 from mtad.native.threads import context
 
-# Up to here one call is dearer than its work, and torch makes ten.
-NARROW = 512
 
-
-class NativeSearch:
+class NativeSearch(NativeRules):
     """See `mtad.logits.Search`; of equal logits the one in the first column comes first.
 
     Attributes:
