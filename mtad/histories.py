@@ -48,12 +48,18 @@ AnyHistories = TypeVar("AnyHistories", bound=Histories)
 
 
 class BeamBlock(NamedTuple):
-    """The hypothesis with the largest joint after s steps, see `Histories`; [s] each."""
+    """The hypothesis with the largest joint after s steps.
+
+    Attributes:
+        token_ids, logprobs, real: [s], see `Histories`.
+        path: [w + s] the way to its last token among the undecided nodes of a cache: the w tokens
+            that it began with, then its own nodes.
+    """
 
     token_ids: Tensor
     logprobs: Tensor
     real: Tensor
-    nodes: Tensor
+    path: Tensor
 
 
 class BeamTree(NamedTuple):
@@ -87,8 +93,8 @@ class Searched(Protocol):
     @overload
     def __getitem__(self, step: slice) -> Sequence[Histories]: ...
 
-    def best_block(self) -> BeamBlock:
-        """See `BeamBlock`."""
+    def best_block(self, waiting: int) -> BeamBlock:
+        """See `BeamBlock`; `waiting` is w."""
 
     def tree(self) -> BeamTree:
         """See `BeamTree`."""
@@ -97,15 +103,15 @@ class Searched(Protocol):
 class History(list[AnyHistories]):
     """See `Searched`; step by step."""
 
-    def best_block(self) -> BeamBlock:
-        """See `BeamBlock`."""
+    def best_block(self, waiting: int) -> BeamBlock:
+        """See `BeamBlock`; `waiting` is w."""
         last, best = self[-1], self[-1].best()
-        return BeamBlock(
-            *(
-                column.index_select(0, best)[0]
-                for column in (last.token_ids, last.logprobs, last.real, last.nodes)
-            )
+        token_ids, logprobs, real, nodes = (
+            column.index_select(0, best)[0]
+            for column in (last.token_ids, last.logprobs, last.real, last.nodes)
         )
+        begin = torch.arange(waiting, device=nodes.device)
+        return BeamBlock(token_ids, logprobs, real, torch.cat([begin, waiting + nodes]))
 
     def tree(self) -> BeamTree:
         """See `BeamTree`."""
@@ -118,5 +124,5 @@ class History(list[AnyHistories]):
             paths=torch.cat(
                 [pad(beams.nodes, (0, len(self) - beams.steps), value=-1) for beams in self]
             ),
-            reference=self.best_block().logprobs,
+            reference=self[-1].logprobs.index_select(0, self[-1].best())[0],
         )

@@ -219,7 +219,8 @@ def test_what_a_draft_makes_of_a_search_is_that_of_torch(width: int, steps: int)
         for ours, theirs in zip(results, history, strict=True):
             for field in dataclasses.fields(Histories):
                 getattr(ours, field.name).copy_(getattr(theirs, field.name))
-        same(tuple(results.best_block()), tuple(history.best_block()))
+        for waiting in (0, 2):
+            same(tuple(results.best_block(waiting)), tuple(history.best_block(waiting)))
         same(tuple(results.tree()), tuple(history.tree()))
 
 

@@ -48,8 +48,9 @@ class Proposal:
             is the only child of node i − 1.
         real: [N] bool, False for slots without a node; None if there are none. In a chain they
             are the last ones.
-        draft_nodes: [N] int64, the same nodes in the draft's cache, counted after the pending
-            tokens; read for nodes of a depth up to `cached_depth`. None if they are 0 … N − 1.
+        draft_path: [w + N] int64, of a chain the way along it among the undecided nodes of the
+            draft's cache: those of the w pending tokens, then its own, read up to `cached_depth`.
+            None if they are the first ones.
     """
 
     token_ids: Tensor
@@ -58,7 +59,7 @@ class Proposal:
     levels: int
     parents: Tensor | None = None
     real: Tensor | None = None
-    draft_nodes: Tensor | None = None
+    draft_path: Tensor | None = None
 
     @property
     def chain(self) -> bool:
@@ -72,12 +73,12 @@ class Proposal:
         cached_depth: int,
         *,
         real: Tensor | None = None,
-        draft_nodes: Tensor | None = None,
+        draft_path: Tensor | None = None,
     ) -> Proposal:
         """A linear block of [γ] tokens; all of them real unless said otherwise."""
         size = token_ids.shape[0]
         return Proposal(
-            token_ids, draft_logprobs, cached_depth, size, real=real, draft_nodes=draft_nodes
+            token_ids, draft_logprobs, cached_depth, size, real=real, draft_path=draft_path
         )
 
     @staticmethod
@@ -400,12 +401,13 @@ class State:
             return
         waiting = self.draft_pending.shape[0]
         cached = min(accepted, proposal.cached_depth)
-        nodes = proposal.draft_nodes if path is None else accepted_path
-        if nodes is None:
-            self.draft.keep(waiting + cached, hidden)
+        if path is not None:
+            fed = torch.arange(waiting, device=path.device)
+            self.draft.keep(torch.cat([fed, waiting + accepted_path[:cached]]), hidden)
+        elif proposal.draft_path is not None:
+            self.draft.keep(proposal.draft_path[: waiting + cached], hidden)
         else:
-            fed = torch.arange(waiting, device=nodes.device)
-            self.draft.keep(torch.cat([fed, waiting + nodes[:cached]]), hidden)
+            self.draft.keep(waiting + cached, hidden)
         # After a whole block the draft is one token short: it never read the last one.
         self.draft_pending = self.pending
         if accepted > cached:

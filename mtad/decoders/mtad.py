@@ -69,5 +69,6 @@ def draft_block(state: State, length: int) -> Proposal:
     """The hypothesis with the largest joint q after γ steps of beam sampling on the draft."""
     if length == 0:
         return Proposal.nothing(state.target.device)
-    token_ids, logprobs, real, nodes = state.draft_beams(length).best_block()
-    return Proposal.block(token_ids, logprobs, length - 1, real=real, draft_nodes=nodes)
+    waiting = state.draft_pending.shape[0]
+    token_ids, logprobs, real, path = state.draft_beams(length).best_block(waiting)
+    return Proposal.block(token_ids, logprobs, length - 1, real=real, draft_path=path)

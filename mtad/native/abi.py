@@ -140,8 +140,26 @@ class Step(ctypes.Structure):
         ("tokens", _Pointer),
         ("parents", _Pointer),
         ("below", ctypes.c_int32),
+        ("states", _Pointer),
         ("known", ctypes.c_int32),
         ("logits", _Pointer),
+    )
+
+
+class Keep(ctypes.Structure):
+    """`Keep` of kernels.c."""
+
+    _fields_ = (
+        ("hidden", _Pointer),
+        ("states", _Pointer),
+        ("path", _Pointer),
+        ("kept", _Pointer),
+        ("rows", ctypes.c_int32),
+        ("known", ctypes.c_int32),
+        ("length", ctypes.c_int32),
+        ("unread", ctypes.c_int32),
+        ("entries", ctypes.c_int32),
+        ("exact", ctypes.c_int32),
     )
 
 
@@ -371,6 +389,11 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         ("mtad_line", integer, (*drafting, ctypes.POINTER(Line))),
         ("mtad_search", integer, (*drafting, ctypes.POINTER(Search))),
         ("mtad_read", integer, (_Pointer, ctypes.POINTER(Draft), _Pointer, _Pointer, integer)),
+        (
+            "mtad_keep",
+            integer,
+            (_Pointer, ctypes.POINTER(Draft), ctypes.POINTER(Books), ctypes.POINTER(Keep)),
+        ),
         ("mtad_rows", None, (_Pointer, ctypes.POINTER(Rows))),
         (
             "mtad_warp",
@@ -384,7 +407,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         ("mtad_draw_row", None, (*[_Pointer] * 4, integer, _Pointer)),
         ("mtad_draw_corrected", None, (ctypes.POINTER(Correction), _Pointer)),
         ("mtad_record", None, (ctypes.POINTER(Record),)),
-        ("mtad_best_block", None, (ctypes.POINTER(Beams), *[_Pointer] * 4)),
+        ("mtad_best_block", None, (ctypes.POINTER(Beams), integer, *[_Pointer] * 4)),
         ("mtad_beam_tree", None, (ctypes.POINTER(Beams), *[_Pointer] * 6)),
         (
             "mtad_grow_tree",

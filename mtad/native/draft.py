@@ -83,10 +83,9 @@ class NativeDraft:
         """The rows of the target's head for [n] tokens, and rows of zeros up to a whole block."""
         return pack(_padded(self._ends.rows(token_ids)[0]), self._more_kind)
 
-    def read_target(self, hidden: Tensor) -> Tensor:
+    def read_target(self, hidden: Tensor, states: Tensor) -> None:
         """The target's hidden states [n, F·H] → the states [n, H] that the draft reads."""
         hidden = hidden.float().contiguous()
-        states = hidden.new_empty(hidden.shape[0], self.model.width)
         threads = context()
         failed = threads.library.mtad_read(
             threads.pointer,
@@ -97,7 +96,6 @@ class NativeDraft:
         )
         if failed:
             raise MemoryError(f"no memory for {hidden.shape[0]:,} rows")
-        return states
 
 
 def unsupported_draft(draft: HiddenDraft) -> str | None:

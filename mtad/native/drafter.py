@@ -29,6 +29,7 @@ from mtad.native.threads import context
 
 _CHUNK_TOKENS = 512
 _FIRST_TEXT = 512
+_FIRST_STATES = 64
 
 
 def _ids(*shape: int) -> Tensor:
@@ -59,6 +60,7 @@ class NativeDrafter:
             odds=self._odds.data_ptr(),
             from_=native.draft.token_ids.shape[0],
         )
+        self._known = self._unread = self._entries = self._exact = 0
 
     def prefill(self, token_ids: Tensor, target_hidden: Tensor | None) -> None:
         """Reads [n] tokens, each with the target's state [n, F·H] of the token before it."""
@@ -92,7 +94,7 @@ class NativeDrafter:
             logits = self._read(token_ids, parents)
         else:
             # A chain is read at once as far as the target's states reach, then one by one.
-            known = 0 if self._entries else self._states.shape[0] - self._unread
+            known = 0 if self._entries else self._known - self._unread
             if token_ids.shape[0] <= max(known, 1):
                 logits = self._read(token_ids, None)
             else:
@@ -151,18 +153,33 @@ class NativeDrafter:
 
     def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         """See `Drafter.keep`."""
-        self._take(target_hidden)
-        unread = self._unread
-        nodes = self._tokens[unread : max(unread, self._entries)]
-        nodes = nodes[:path] if isinstance(path, int) else nodes[path]
-        waiting = self._tokens[:unread]
-        self._append(nodes)
-        if self._entries:
-            # What was read with the target's states stays; the rest of the path is read again.
-            stay = min(nodes.shape[0], self._exact)
-            self._drop(unread + stay)
-            nodes, waiting = nodes[stay:], waiting[:0]
-        self._begin(torch.cat([waiting, nodes]))
+        hidden = _given(target_hidden)
+        if isinstance(path, int):
+            length, nodes = min(path, max(0, self._entries - self._unread)), None
+        else:
+            length, nodes = path.shape[0], path.contiguous()
+        self._reserve_text(length)
+        self._reserve_states(hidden.shape[0])
+        self._reserve(self._unread + length)
+        kept = _ids(length)
+        keep = abi.Keep(
+            *(hidden.data_ptr(), self._states.data_ptr()),
+            *(None if nodes is None else nodes.data_ptr(), kept.data_ptr()),
+            *(hidden.shape[0], self._known, length),
+            *(self._unread, self._entries, self._exact),
+        )
+        threads = context()
+        failed = threads.library.mtad_keep(
+            threads.pointer,
+            ctypes.byref(self._native.struct),
+            ctypes.byref(self._books),
+            ctypes.byref(keep),
+        )
+        if failed:
+            raise MemoryError(f"no memory for {hidden.shape[0]:,} rows")
+        self._known, self._unread = keep.known, keep.unread
+        self._entries = self._exact = 0
+        self._propose(kept)
 
     def _begin_text(self, cached: int, position: int, token_ids: Tensor) -> None:
         """An empty cache that is to hold `cached` tokens, the next one standing at `position`.
@@ -178,11 +195,13 @@ class NativeDrafter:
         self._name_columns()
         size = self._tail
         self._text = torch.full((size + _FIRST_TEXT,), NO_TOKEN)
+        books.text = self._text[size:].data_ptr()
         self._tokens = self._parents = torch.empty(0, dtype=torch.int64)
         self._tails = torch.empty(0, size, dtype=torch.int64)
         self._given = floats(0, self._width)  # of the prefix, then of each entry
-        # The target's, from there: zeros before the first token of a text.
-        self._states = floats(0 if position else 1, self._width).zero_()
+        # The target's, from there, so many as are known: zeros before the first token of a text.
+        self._states = torch.zeros(_FIRST_STATES, self._width, dtype=torch.float32)
+        self._known = 0 if position else 1
         self._propose(token_ids)  # all at once: columns stand as they would for a whole prompt
         self._append(token_ids[:position])
         self._begin(self._tokens)
@@ -198,26 +217,18 @@ class NativeDrafter:
             self._begin(token_ids[:0])
 
     def _take(self, target_hidden: Tensor | None) -> None:
-        if target_hidden is None:
-            raise PairError(
-                "This draft reads the target's hidden states, and was given none. Hand the states"
-                " of its target_layers to prefill and keep."
-            )
-        read = [
-            self._native.read_target(part) for part in torch.split(target_hidden, _CHUNK_TOKENS)
-        ]
-        self._states = torch.cat([self._states, *read])
+        hidden = _given(target_hidden)
+        self._reserve_states(hidden.shape[0])
+        for part in torch.split(hidden, _CHUNK_TOKENS):
+            self._native.read_target(part, self._states[self._known :])
+            self._known += part.shape[0]
 
     def _append(self, token_ids: Tensor) -> None:
         """Adds [n] committed tokens to the text: they can be proposed and copied."""
         count = token_ids.shape[0]
+        self._reserve_text(count)
         start = self._tail + self._books.count
-        if start + count > self._text.shape[0]:
-            text = torch.full((2 * (start + count),), NO_TOKEN)
-            text[:start] = self._text[:start]
-            self._text = text
         self._text[start : start + count] = token_ids
-        self._books.text = self._text[self._tail :].data_ptr()
         self._books.count += count
         self._propose(token_ids)
 
@@ -252,7 +263,8 @@ class NativeDrafter:
         """The first entries become a part of the prefix: their slots stay as they are."""
         self._books.prefix += count
         self._books.position += count
-        self._states = self._states[count:]
+        self._known = max(0, self._known - count)
+        self._states[: self._known] = self._states[count : count + self._known].clone()
 
     def _begin(self, unread: Tensor) -> None:
         """No nodes, and [u] committed tokens to read, the last ones of the text."""
@@ -281,8 +293,7 @@ class NativeDrafter:
         self._reserve(end)
         if not old:
             self._exact = 0 if parents is not None else count
-            known = min(self._states.shape[0], 1 + self._unread + self._exact)
-            self._given[:known] = self._states[:known]
+            known = min(self._known, 1 + self._unread + self._exact)
         logits = floats(count, self._stride)
         self._cache.reserve(self._books.prefix + end, self._books.prefix + old)
         token_ids = token_ids.contiguous()
@@ -292,7 +303,8 @@ class NativeDrafter:
             abi.Step(
                 *(old, end - old, count, token_ids.data_ptr()),
                 None if parents is None else parents.data_ptr(),
-                *(self._unread, known, logits.data_ptr() if count else None),
+                *(self._unread, self._states.data_ptr(), known),
+                logits.data_ptr() if count else None,
             ),
         )
         self._entries = end
@@ -332,6 +344,23 @@ class NativeDrafter:
         if failed:
             raise MemoryError("no memory for a step of the draft")
 
+    def _reserve_text(self, count: int) -> None:
+        """Makes room for so many more tokens of the text."""
+        end = self._tail + self._books.count
+        if end + count > self._text.shape[0]:
+            text = torch.full((2 * (end + count),), NO_TOKEN)
+            text[:end] = self._text[:end]
+            self._text = text
+            self._books.text = self._text[self._tail :].data_ptr()
+
+    def _reserve_states(self, count: int) -> None:
+        """Makes room for so many more states of the target."""
+        end = self._known + count
+        if end > self._states.shape[0]:
+            states = floats(2 * end, self._width)
+            states[: self._known] = self._states[: self._known]
+            self._states = states
+
     def _reserve(self, entries: int) -> None:
         """Makes room for so many entries."""
         size = self._tokens.shape[0]
@@ -348,6 +377,16 @@ class NativeDrafter:
         books = self._books
         books.tokens, books.parents = self._tokens.data_ptr(), self._parents.data_ptr()
         books.given, books.tails = self._given.data_ptr(), self._tails.data_ptr()
+
+
+def _given(target_hidden: Tensor | None) -> Tensor:
+    """[n, F·H] as the kernels read them."""
+    if target_hidden is None:
+        raise PairError(
+            "This draft reads the target's hidden states, and was given none. Hand the states"
+            " of its target_layers to prefill and keep."
+        )
+    return target_hidden.float().contiguous()
 
 
 class Results(Sequence[Histories]):
@@ -385,14 +424,17 @@ class Results(Sequence[Histories]):
         own = {name: self._tensors[name][wide].view(width, steps) for name in _WIDE}
         return Histories(**own, **{name: self._tensors[name][flat] for name in _FLAT})
 
-    def best_block(self) -> BeamBlock:
+    def best_block(self, waiting: int) -> BeamBlock:
         """See `Searched.best_block`."""
         steps = self._steps
         block = BeamBlock(
-            _ids(steps), floats(steps), torch.empty(steps, dtype=torch.bool), _ids(steps)
+            token_ids=_ids(steps),
+            logprobs=floats(steps),
+            real=torch.empty(steps, dtype=torch.bool),
+            path=_ids(waiting + steps),
         )
         library.load().mtad_best_block(
-            ctypes.byref(self._struct()), *(column.data_ptr() for column in block)
+            ctypes.byref(self._struct()), waiting, *(column.data_ptr() for column in block)
         )
         return block
 

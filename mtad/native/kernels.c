@@ -1243,7 +1243,7 @@ typedef struct {
     float *given;            /* [1 + entries, width] the states that children of the prefix and of */
                              /*   each entry are read with */
     int64_t *tails;          /* [1 + entries, size] the last tokens up to there */
-    const int64_t *text;     /* [count] what can be copied */
+    int64_t *text;           /* [count] what can be copied, behind `size` places without a token */
     int32_t count, size;     /* `size` 0 copies nothing */
     const float *odds;       /* [size + 1] log(share / (1 − share)) by the length of a match */
     const Matrix *more;      /* as in Pass */
@@ -1259,7 +1259,8 @@ typedef struct {
     const int64_t *tokens;  /* [fresh] */
     const int64_t *parents; /* [fresh]; NULL for a chain below the last entry */
     int32_t below;          /* the entry that parent 0 means; parent −1 is the one before it */
-    int32_t known;          /* so many of the first of `given` stay as they are */
+    const float *states;    /* [known, width] what the first of `given` become and stay; */
+    int32_t known;          /*   the others are the draft's own */
     float *logits;          /* [fresh, head rows and `more`], or NULL */
 } Step;
 
@@ -1329,6 +1330,7 @@ int mtad_draft(Context *c, const Draft *draft, Cache *cache, const Books *books,
     const size_t size = (size_t)books->size;
     const int nodes = step->old + step->rows, first = nodes - step->fresh;
     const size_t seen = rows * (size_t)nodes;
+    memcpy(books->given, step->states, (size_t)step->known * width * sizeof(float));
     for (int i = 0; i < step->fresh; i++) {
         books->tokens[first + i] = step->tokens[i];
         books->parents[first + i] = step->parents ? step->parents[i] + step->below : first + i - 1;
@@ -1404,6 +1406,47 @@ int mtad_read(Context *c, const Draft *draft, const float *hidden, float *to, in
     char *at = c->scratch;
     Reading r = {draft, hidden, to, rows, cut_input(&at, (size_t)rows, columns, inputs)};
     run(c, read_work, &r);
+    return 0;
+}
+
+/* Entries that become text. */
+typedef struct {
+    const float *hidden; /* [rows, taps, width] the target's states at the next tokens, which are */
+    float *states;       /*   read to the `known` that are there: [known + rows, width] */
+    const int64_t *path; /* [length] nodes to keep, counted behind the unread; NULL for the first */
+    int64_t *kept;       /* [length] becomes their tokens */
+    int32_t rows, known, length;
+    int32_t unread;      /* so many of the first entries are text already; */
+    int32_t entries;     /*   so many entries have been read, or 0; */
+    int32_t exact;       /*   so many nodes of them with the target's states. All are brought up */
+} Keep;                  /*   to what is left to read */
+
+/* What was read with the target's states becomes a part of the prefix, with its slots; the rest of
+ * the path is to be read again. 0 if it was done, 1 where memory is missing. */
+int mtad_keep(Context *c, const Draft *draft, Books *books, Keep *keep) {
+    const size_t width = (size_t)draft->model.width, size = (size_t)books->size;
+    float *more = keep->states + (size_t)keep->known * width;
+    if (keep->rows && mtad_read(c, draft, keep->hidden, more, keep->rows)) return 1;
+    keep->known += keep->rows;
+    for (int i = 0; i < keep->length; i++) {
+        const int64_t node = keep->path ? keep->path[i] : i;
+        keep->kept[i] = books->text[books->count++] = books->tokens[keep->unread + node];
+    }
+    int unread = keep->unread + keep->length;
+    if (keep->entries) {
+        const int stay = keep->length < keep->exact ? keep->length : keep->exact;
+        const int done = keep->unread + stay;
+        books->prefix += done;
+        books->position += done;
+        keep->known = keep->known > done ? keep->known - done : 0;
+        memmove(keep->states, keep->states + (size_t)done * width,
+                (size_t)keep->known * width * sizeof(float));
+        unread -= done;
+    }
+    keep->unread = unread, keep->entries = keep->exact = 0;
+    const int64_t *from = books->text + books->count - unread;
+    for (int i = 0; i < unread; i++) books->tokens[i] = from[i], books->parents[i] = i - 1;
+    memcpy(books->tails, from - size, size * sizeof *from);
     return 0;
 }
 
@@ -2069,14 +2112,16 @@ static size_t best_of(const Beams *b) {
     return step_start(b, b->steps) + (size_t)best * (size_t)b->steps;
 }
 
-/* The likeliest hypothesis; [steps] each. */
-void mtad_best_block(const Beams *b, int64_t *token_ids, float *logprobs, uint8_t *real,
-                     int64_t *nodes) {
+/* The likeliest hypothesis, [steps] each, and the way to it among the nodes of a cache: `waiting`
+ * tokens, then its own. */
+void mtad_best_block(const Beams *b, int waiting, int64_t *token_ids, float *logprobs,
+                     uint8_t *real, int64_t *path) {
     const size_t from = best_of(b), steps = (size_t)b->steps;
     memcpy(token_ids, b->token_ids + from, steps * sizeof *token_ids);
     memcpy(logprobs, b->logprobs + from, steps * sizeof *logprobs);
     memcpy(real, b->real + from, steps);
-    memcpy(nodes, b->nodes + from, steps * sizeof *nodes);
+    for (int i = 0; i < waiting; i++) path[i] = i;
+    for (size_t i = 0; i < steps; i++) path[(size_t)waiting + i] = waiting + b->nodes[from + i];
 }
 
 /* All hypotheses as the nodes of a tree: [width · steps] each but paths, [width · steps, steps], and
