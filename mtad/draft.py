@@ -119,7 +119,7 @@ class BlockDrafter(Protocol):
             ends: [n] tokens that end a hypothesis.
 
         Returns:
-            The hypotheses after each step.
+            What a draft makes of the hypotheses; None where it cannot.
         """
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar, overload
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -83,15 +82,7 @@ class BeamTree(NamedTuple):
 
 
 class Searched(Protocol):
-    """The hypotheses after each step of a search, and what a draft makes of them."""
-
-    def __len__(self) -> int: ...
-
-    @overload
-    def __getitem__(self, step: int) -> Histories: ...
-
-    @overload
-    def __getitem__(self, step: slice) -> Sequence[Histories]: ...
+    """A search that is over: what a draft makes of the hypotheses after each of its steps."""
 
     def best_block(self, waiting: int) -> BeamBlock:
         """See `BeamBlock`; `waiting` is w."""
@@ -101,7 +92,7 @@ class Searched(Protocol):
 
 
 class History(list[AnyHistories]):
-    """See `Searched`; step by step."""
+    """The hypotheses after each step; see `Searched`."""
 
     def best_block(self, waiting: int) -> BeamBlock:
         """See `BeamBlock`; `waiting` is w."""

@@ -28,7 +28,7 @@ from mtad.catalogue import MethodInfo, method_info
 from mtad.config import DecodeConfig
 from mtad.decoders import load_decoder
 from mtad.draft import Drafter, RecordedDrafter
-from mtad.energy import Meter
+from mtad.energy import EnergyWindows, Meter
 from mtad.errors import Cancelled, ConfigError, DeadlineExceeded, PairError, PromptError
 from mtad.hidden_draft import HiddenDraft
 from mtad.iteration_costs import measure_iterations
@@ -316,10 +316,11 @@ class _Run:
                 if self._session is not None:
                     self._session.begin(pair, self.prompt_ids, target, drafter)
                 reason = self._drain(outcomes, scribe)
-        finally:
-            windows = timing.end()
-            # What nobody has seen yet is written when the clock stands: it is not decoding.
-            self._bunch.extend(scribe.write())
+        except BaseException:
+            with contextlib.suppress(Exception):  # what ended the run is what its reader is told
+                self._finish(timing, scribe)
+            raise
+        windows = self._finish(timing, scribe)
         scribe.settle()
         notes = tuple(pair.notes) if self.info.uses_draft else ()
         if self._session is not None:
@@ -373,6 +374,13 @@ class _Run:
         except Cancelled:
             return "cancelled"
         return None
+
+    def _finish(self, timing: Timing, scribe: Scribe) -> EnergyWindows:
+        """Stops the clock, then writes what nobody has seen yet: that is not decoding."""
+        try:
+            return timing.end()
+        finally:
+            self._bunch.extend(scribe.write())
 
     def _end(self, scribe: Scribe) -> StopReason:
         """Why a run came to its end."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -16,13 +17,13 @@ from mtad.decoders import mtad as joint
 from mtad.decoders import mtad_tree, specinfer, speculative
 from mtad.decoders.beams import Beams
 from mtad.decoders.common import Proposal
-from mtad.histories import Histories, History
+from mtad.histories import History
 from mtad.lm import CachedLM
 from mtad.logits import TORCH_SEARCH, Logits
 from mtad.native import library
 from mtad.native.drafter import Results
 from mtad.native.llama import NativeLlama
-from mtad.native.rows import NATIVE_SEARCH
+from mtad.native.rows import NATIVE_SEARCH, NativeSearch
 from mtad.sampling import Uniforms, Warped, warp
 from tests.models import tiny
 
@@ -37,7 +38,29 @@ SEEDS = range(60)
 
 def rows(random: torch.Generator, count: int) -> Warped:
     """Rows of p with a top_p that leaves some of the six out."""
-    return warp(Logits(2 * torch.randn(count, VOCABULARY, generator=random)), CONFIG)
+    found = warp(Logits(2 * torch.randn(count, VOCABULARY, generator=random)), CONFIG)
+    if float(torch.rand((), generator=random)) < 0.1:
+        found.logprobs[-1] = torch.nan
+    return found
+
+
+class Answering(NativeSearch):
+    """Fails where the kernels leave a rule to torch: it would be compared with itself."""
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name not in ("joint_prefix", "kept_run", "joint_path", "walk"):
+            return found
+
+        def answer(*arguments: Any) -> Any:
+            given = found(*arguments)
+            assert given is not None, name
+            return given
+
+        return answer
+
+
+OURS = Answering()
 
 
 def by(search: Any, of: Warped) -> Warped:
@@ -54,6 +77,8 @@ def drafted(random: torch.Generator, size: int) -> tuple[Tensor, Tensor, Tensor]
     tokens = torch.randint(VOCABULARY, (size,), generator=random)
     logprobs = -torch.rand(size, generator=random) * 4
     real = torch.rand(size, generator=random) < 0.8
+    odd = torch.rand(size, generator=random)
+    logprobs = torch.where(odd < 0.03, torch.nan, torch.where(odd > 0.97, -torch.inf, logprobs))
     return tokens, logprobs, real
 
 
@@ -69,7 +94,7 @@ def test_a_joint_prefix_is_that_of_torch(size: int) -> None:
             block = Proposal.block(tokens, logprobs, size - 1, real=known)
             ours, theirs = (
                 joint.joint_prefix(by(search, target), block, threshold)
-                for search in (NATIVE_SEARCH, TORCH_SEARCH)
+                for search in (OURS, TORCH_SEARCH)
             )
             same(ours, theirs)
             lengths.add(int(ours[1]))
@@ -88,10 +113,10 @@ def test_a_kept_run_is_that_of_torch(size: int) -> None:
         block = Proposal.block(tokens, logprobs, size - 1)
         ours, theirs = (
             speculative.kept_run(by(search, target), block, uniform)
-            for search in (NATIVE_SEARCH, TORCH_SEARCH)
+            for search in (OURS, TORCH_SEARCH)
         )
-        # Two libraries' exponentials differ in the last place.
-        torch.testing.assert_close(ours[1], theirs[1], rtol=1e-14, atol=0)
+        # Two libraries' exponentials differ in the last places.
+        torch.testing.assert_close(ours[1], theirs[1], rtol=5e-16, atol=0, equal_nan=True)
         same((ours[0], ours[2]), (theirs[0], theirs[2]))
         lengths.add(int(ours[2]))
     assert lengths >= {0, size, size // 2}
@@ -124,11 +149,11 @@ def test_a_joint_path_is_that_of_torch(width: int, depth: int) -> None:
         tree = Proposal(tokens, logprobs, depth - 1, depth, parents, real)
         ours, theirs = (
             mtad_tree.joint_path(by(search, target), tree, reference, paths, threshold)
-            for search in (NATIVE_SEARCH, TORCH_SEARCH)
+            for search in (OURS, TORCH_SEARCH)
         )
         same(ours, theirs)
         lengths.add(int(ours[1]))
-    assert lengths == set(range(depth + 1))
+    assert lengths >= {0, depth} and len(lengths) > depth / 2
 
 
 @pytest.mark.parametrize("replacement", [True, False])
@@ -171,12 +196,17 @@ def test_a_walk_is_that_of_the_host(shape: tuple[int, ...], replacement: bool) -
         chance = torch.rand(size + 1, generator=random, dtype=torch.float64)
         ours, theirs = (
             specinfer.walk_down(candidates, by(search, target), chance, config)
-            for search in (NATIVE_SEARCH, TORCH_SEARCH)
+            for search in (OURS, TORCH_SEARCH)
         )
         assert ours.tests == theirs.tests
         for name, value in vars(ours.verdict).items():
             torch.testing.assert_close(
-                value, getattr(theirs.verdict, name), rtol=1e-12, atol=0, equal_nan=True, msg=name
+                value,
+                getattr(theirs.verdict, name),
+                rtol=1e-13,
+                atol=1e-15,
+                equal_nan=True,
+                msg=name,
             )
         length = int(ours.verdict.accepted)
         lengths.add(length)
@@ -216,9 +246,8 @@ def test_what_a_draft_makes_of_a_search_is_that_of_torch(width: int, steps: int)
         if seed % 3 == 0:
             beams.joint[-1] = beams.joint[0]
         results = Results(steps, width)
-        for ours, theirs in zip(results, history, strict=True):
-            for field in dataclasses.fields(Histories):
-                getattr(ours, field.name).copy_(getattr(theirs, field.name))
+        for name, tensor in results.tensors.items():
+            tensor.copy_(torch.cat([getattr(beams, name).flatten() for beams in history]))
         for waiting in (0, 2):
             same(tuple(results.best_block(waiting)), tuple(history.best_block(waiting)))
         same(tuple(results.tree()), tuple(history.tree()))
@@ -239,6 +268,14 @@ def test_a_tree_grows_as_in_torch() -> None:
                     for node in range(count)
                 ]
             )
-            ours, positions = passes.grow_tree(ours, parents, count, 17)
+            ours, positions = passes.grow_tree(ours, parents.int(), count, 17)
             theirs, expected = trees.grown(theirs, parents, count, 17)
             same((ours, positions), (theirs, expected))
+
+
+@pytest.mark.parametrize("parents", [[0], [-2], [-1, 1], [-1, 5]])
+def test_a_parent_that_is_no_node_before_its_child_is_refused(parents: list[int]) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 64}
+    target = CachedLM(NativeLlama(tiny("llama", **sizes)))
+    with pytest.raises(IndexError, match=re.escape(f"parents are {parents}, but each must be")):
+        target.forward(torch.ones(len(parents), dtype=torch.int64), torch.tensor(parents))

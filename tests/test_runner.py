@@ -376,6 +376,75 @@ def test_what_was_written_before_writing_failed_is_handed_over(
     assert seen == 3
 
 
+def handed_over(watched: Watched, **options: Any) -> tuple[int, Exception]:
+    """How many steps a run that fails hands over, in one bunch, and what its reader is told."""
+    events = runner.stream(
+        *("autoregressive", watched.pair),
+        prompt_ids=PROMPT,
+        config=config(max_new_tokens=20),
+        interval_seconds=math.inf,
+        **options,
+    )
+    seen = 0
+    try:
+        for event in events:
+            seen += isinstance(event, Step)
+    except Exception as error:
+        return seen, error
+    raise AssertionError("nothing failed")
+
+
+def test_a_sensor_that_fails_at_the_end_loses_no_step(watched: Watched) -> None:
+    class Failing(LoggedMeter):
+        def stop(self) -> Any:
+            super().stop()
+            raise OSError("the sensor is gone")
+
+    seen, error = handed_over(watched, meter=Failing(watched.diary))
+    assert seen == 20 and str(error) == "the sensor is gone"
+
+
+def test_what_ended_a_run_is_what_its_reader_is_told(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where what was decided before cannot be written."""
+
+    def fail(count: int) -> None:
+        if count == 10:
+            raise Boom("the model broke")
+
+    watched.target.act = fail
+    seen, error = handed_over(watched)
+    assert seen == 8 and isinstance(error, Boom)  # the prompt is a pass
+
+    write = recording.Scribe._step
+
+    def unwritable(self: recording.Scribe, noted: Any) -> Step:
+        if self.steps:  # the first one is handed over while the run goes on
+            raise RuntimeError("no such piece")
+        return write(self, noted)
+
+    watched.forget()
+    watched.target.act = fail
+    monkeypatch.setattr(recording.Scribe, "_step", unwritable)
+    assert isinstance(handed_over(watched)[1], Boom)
+
+
+def test_the_clock_stands_while_the_last_steps_are_written(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = recording.Scribe._step
+
+    def slow(self: recording.Scribe, noted: Any) -> Step:
+        if self.steps:  # the first one is handed over at once
+            time.sleep(0.1)
+        return write(self, noted)
+
+    monkeypatch.setattr(recording.Scribe, "_step", slow)
+    trace = mtad.run("autoregressive", watched.pair, prompt_ids=PROMPT, config=config())
+    assert trace.summary.decode_seconds < 0.1 * (len(trace.steps) - 1)
+
+
 def test_an_iterator_that_is_forgotten_stops_its_run(watched: Watched) -> None:
     events = mtad.stream("mtad", watched.pair, prompt_ids=PROMPT, config=config(max_new_tokens=400))
     next(events)
@@ -498,6 +567,26 @@ def test_a_target_whose_logits_are_no_numbers_is_refused(
     prompt = PROMPT if token is None else [*PROMPT, token]
     with pytest.raises(PairError, match="The target's logits are not numbers .NaN.*float32"):
         mtad.run(method, pair, prompt_ids=prompt, config=settings)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_target_whose_logits_overflow_is_refused_at_once(method: str) -> None:
+    """Even if the token that is infinitely likely is not the one that was drawn."""
+    target = tiny("llama", seed=1)
+    with torch.no_grad():
+        target.lm_head.weight[7] *= 1e5
+    target = target.half()
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    target.register_forward_pre_hook(count)
+    pair = mtad.ModelPair(target=target, draft=tiny("llama", seed=2).half())
+    with pytest.raises(PairError, match="The target's logits are not numbers"):
+        mtad.run(method, pair, prompt_ids=PROMPT, config=config(max_new_tokens=200, top_k=0))
+    assert passes < 40
 
 
 @pytest.mark.parametrize("method", ["speculative", "mtad", "mtad_tree", "specinfer", "typical"])

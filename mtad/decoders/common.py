@@ -5,7 +5,7 @@ decide, reads the outcome back in one packed copy and brings both caches to the 
 `autoregressive`, `speculative`, `mtad`, `mtad_tree` and `typical` that copy is the only
 synchronisation of the iteration, unless the draft asks for more (one on hidden states, where the
 engine is eager, asks which tokens are new in the text); `bild` also asks after every draft token
-whether to go on, and `specinfer` tests its tree on the host.
+whether to go on, and `specinfer` walks down its tree on the host, but for engines that can.
 """
 
 from __future__ import annotations
@@ -313,31 +313,34 @@ class State:
         def compute(logits: Logits, chance: Tensor, *tensors: Tensor) -> _Findings:
             columns = dict(zip(names, tensors, strict=False))
             offered = Proposal(
-                *(columns["token_ids"], columns["draft_logprobs"]),
-                *(proposal.cached_depth, proposal.levels),
-                *(columns.get("parents"), columns.get("real")),
+                token_ids=columns["token_ids"],
+                draft_logprobs=columns["draft_logprobs"],
+                cached_depth=proposal.cached_depth,  # no rule reads it
+                levels=proposal.levels,
+                parents=columns.get("parents"),
+                real=columns.get("real"),
             )
             verdict = rule(config, offered, logits, chance, *tensors[len(names) :])
             return _find(offered, logits, verdict)
 
-        key = rule, config, proposal.cached_depth, proposal.levels, *names
+        key = rule, config, proposal.levels, *names
         columns = (getattr(proposal, name) for name in names)
         found = logits.stretch(key, compute, chance, *columns, *drafted)
         return self._settle(proposal, found, found.to_host().read())
 
     def conclude(self, proposal: Proposal, logits: Logits, verdict: Verdict) -> Outcome:
-        """Carries out a verdict that was reached on the host."""
+        """Carries out a verdict that was reached without `judge`."""
         found = _find(proposal, logits, verdict)
         return self._settle(proposal, found, found.to_host())
 
-    def _settle(self, proposal: Proposal, found: _Findings, host: _Host) -> Outcome:
+    def _settle(self, proposal: Proposal, found: _Findings, host: Host) -> Outcome:
         """Rolls both caches to the outcome and says what was decided."""
-        check_finite("target", host["emitted_logprobs"] + host["target_logprobs"])
+        check_finite("target", host["alternative_logprobs"] + host["target_logprobs"])
         check_finite("draft", host["draft_logprobs"] + host["reference_logprobs"])
         accepted, emitted = self._read_path(host)
         self._advance(proposal, found.path, accepted, found.final_token)
-        if self.pace is not None and proposal.levels:
-            self.pace.observe(accepted, prune(host, self.eos_ids).tree.depth)
+        if self.pace is not None and (depth := max(offered_depths(host, self.eos_ids), default=0)):
+            self.pace.observe(accepted, depth)
             self.follow_pace()
         self.remaining -= len(emitted)
         self.ended = emitted[-1] in self.eos_ids
@@ -362,7 +365,7 @@ class State:
 
         return Outcome(emitted, write)
 
-    def _read_path(self, host: _Host) -> tuple[int, tuple[int, ...]]:
+    def _read_path(self, host: Host) -> tuple[int, tuple[int, ...]]:
         """How many nodes are accepted, and all tokens that this iteration adds.
 
         Nothing lives below an end-of-sequence: what was accepted there is not.
@@ -453,7 +456,7 @@ class _Findings:
     alternatives: int
     packed: _Packed
 
-    def to_host(self) -> _Host:
+    def to_host(self) -> Host:
         """What was packed."""
         return unpack(self.packed)
 
@@ -490,7 +493,7 @@ def _find(
     return _Findings(path, final_token, verdict.corrects, count, packed)
 
 
-def to_host(**columns: Tensor) -> _Host:
+def to_host(**columns: Tensor) -> Host:
     """Reads tensors back in one copy, flattened, under the names they were given."""
     return unpack(pack(**columns))
 
@@ -515,38 +518,39 @@ def _on_host(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
-class _Host(dict[str, list[float]]):
-    """Columns by name, flattened; of tensors on the host those that were asked for.
+class Host:
+    """Columns by name, flattened, as lists; of tensors on the host those that were asked for.
 
     A name that there is none of is an empty list.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], known: Mapping[str, list[float]]) -> None:
-        super().__init__(known)
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
+        self.columns: dict[str, list[float]] = {}
 
-    def __missing__(self, name: str) -> list[float]:
-        tensor = self._tensors.get(name)
-        column: list[float] = [] if tensor is None else tensor.flatten().tolist()
-        self[name] = column
-        return column
+    def __getitem__(self, name: str) -> list[float]:
+        found = self.columns.get(name)
+        if found is None:
+            tensor = self._tensors.get(name)
+            found = self.columns[name] = [] if tensor is None else tensor.flatten().tolist()
+        return found
 
-    def read(self) -> _Host:
+    def read(self) -> Host:
         """With every column read: what is in the tensors may change."""
         for name in self._tensors:
             self[name]
         return self
 
 
-def unpack(packed: _Packed) -> _Host:
+def unpack(packed: _Packed) -> Host:
     """Reads back what `pack` gave."""
     if isinstance(packed, dict):
-        return _Host(packed, {})
+        return Host(packed)
     sizes, together = packed
     values: list[float] = together.tolist()
-    host, start = _Host({}, {}), 0
+    host, start = Host({}), 0
     for name, size in sizes.items():
-        host[name] = values[start : start + size]
+        host.columns[name] = values[start : start + size]
         start += size
     return host
 
@@ -564,7 +568,7 @@ class _Pruned:
     tree: DraftTree
     index: Mapping[int, int]
 
-    def path(self, host: _Host, accepted: int) -> tuple[int, ...]:
+    def path(self, host: Host, accepted: int) -> tuple[int, ...]:
         """The accepted nodes."""
         nodes = map(int, host["path"]) if host["path"] else range(accepted)
         return tuple(self.index[node] for node in itertools.islice(nodes, accepted))
@@ -584,20 +588,27 @@ class _Pruned:
 _NO_TREE = _Pruned(DraftTree(), {})
 
 
-def prune(host: _Host, eos_ids: Collection[int]) -> _Pruned:
+def offered_depths(host: Host, eos_ids: Collection[int]) -> list[int]:
+    """[N] the depth of each node from 1 on; 0 for those that `_Pruned` leaves out."""
+    token_ids, real = host["token_ids"], host["real"]
+    depths: list[int] = []
+    for node, parent in enumerate(host["parents"] or range(-1, len(token_ids) - 1)):
+        above = 0
+        if parent >= 0:
+            above = depths[int(parent)] if token_ids[int(parent)] not in eos_ids else 0
+        lives = (parent < 0 or above) and (not real or real[node])
+        depths.append(above + 1 if lives else 0)
+    return depths
+
+
+def prune(host: Host, eos_ids: Collection[int]) -> _Pruned:
     """See `_Pruned`."""
-    token_ids = [int(token) for token in host["token_ids"]]
-    size = len(token_ids)
-    if not size:
+    depths = offered_depths(host, eos_ids)
+    if not depths:
         return _NO_TREE
-    real = host["real"] or [True] * size
-    parents = [int(parent) for parent in host["parents"]] or range(-1, size - 1)
-    new_index = {-1: -1}
-    for node, parent in enumerate(parents):
-        below_eos = parent >= 0 and token_ids[parent] in eos_ids
-        if real[node] and parent in new_index and not below_eos:
-            new_index[node] = len(new_index) - 1
-    kept = [node for node in new_index if node >= 0]
+    kept = [node for node, depth in enumerate(depths) if depth]
+    index = {node: place for place, node in enumerate(kept)}
+    token_ids, parents = host["token_ids"], host["parents"] or range(-1, len(depths) - 1)
 
     def tested(column: list[float]) -> tuple[float | None, ...]:
         """NaN marks a node that was not tested."""
@@ -605,18 +616,18 @@ def prune(host: _Host, eos_ids: Collection[int]) -> _Pruned:
         return tuple(None if math.isnan(value) else value for value in values)
 
     tree = DraftTree(
-        token_ids=tuple(token_ids[node] for node in kept),
-        parents=tuple(new_index[parents[node]] for node in kept),
+        token_ids=tuple(int(token_ids[node]) for node in kept),
+        parents=tuple(index.get(int(parents[node]), -1) for node in kept),
         draft_logprobs=tuple(host["draft_logprobs"][node] for node in kept),
         target_logprobs=tuple(host["target_logprobs"][node] for node in kept),
         scores=tested(host["scores"]),
         thresholds=tested(host["thresholds"]),
     )
-    return _Pruned(tree, new_index)
+    return _Pruned(tree, index)
 
 
 def alternatives(
-    host: Mapping[str, list[float]],
+    host: Host,
     count: int,
     positions: int,
     text_of: Callable[[int], str] = lambda token_id: "",

@@ -184,8 +184,13 @@ def walk_down(
         if found is not None:
             target_logprobs, path, accepted, tests, scores, thresholds, final_token = found
             verdict = Verdict(
-                *(target_logprobs, accepted, final_token, None if tree.chain else path),
-                *(True, None, scores, thresholds),
+                target_logprobs,
+                accepted=accepted,
+                final_token=final_token,
+                path=None if tree.chain else path,
+                corrects=True,
+                scores=scores,
+                thresholds=thresholds,
             )
             counts: list[int] = tests.tolist()
             depth = int(accepted)

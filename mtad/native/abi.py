@@ -411,7 +411,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
         ("mtad_beam_tree", None, (ctypes.POINTER(Beams), *[_Pointer] * 6)),
         (
             "mtad_grow_tree",
-            None,
+            integer,
             (_Pointer, integer, _Pointer, integer, ctypes.c_int64, _Pointer, _Pointer),
         ),
         ("mtad_joint_prefix", None, (ctypes.POINTER(Offer), ctypes.c_double, _Pointer)),

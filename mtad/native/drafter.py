@@ -7,8 +7,7 @@ kernels read them, and every number that says how far something has got is the h
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from typing import overload
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from mtad.config import DecodeConfig
 from mtad.eager import Saved
 from mtad.errors import PairError
 from mtad.hidden_draft import Proposed, copy_log_odds
-from mtad.histories import BeamBlock, BeamTree, Histories
+from mtad.histories import BeamBlock, BeamTree
 from mtad.logits import NO_TOKEN, Logits
 from mtad.native import abi, library
 from mtad.native.draft import NativeDraft
@@ -389,40 +388,18 @@ def _given(target_hidden: Tensor | None) -> Tensor:
     return target_hidden.float().contiguous()
 
 
-class Results(Sequence[Histories]):
-    """See `Searched`: the histories after each step, one after the other in a few tensors.
-
-    A view of one is made when it is asked for.
-    """
+class Results:
+    """See `Searched`: the histories after each step, one behind the other in a few tensors."""
 
     def __init__(self, steps: int, width: int) -> None:
         self._steps, self._width = steps, width
         wide, flat = width * steps * (steps + 1) // 2, width * steps
         sizes = {name: wide for name in _WIDE} | {name: flat for name in _FLAT}
-        self._tensors = {name: torch.empty(sizes[name], dtype=_KINDS[name]) for name in _KINDS}
+        self.tensors = {name: torch.empty(sizes[name], dtype=_KINDS[name]) for name in _KINDS}
 
     def pointers(self) -> list[int]:
         """Where they are written, in the order of `abi.HISTORIES`."""
-        return [self._tensors[name].data_ptr() for name in abi.HISTORIES]
-
-    def __len__(self) -> int:
-        return self._steps
-
-    @overload
-    def __getitem__(self, step: int) -> Histories: ...
-
-    @overload
-    def __getitem__(self, step: slice) -> list[Histories]: ...
-
-    def __getitem__(self, step: int | slice) -> Histories | list[Histories]:
-        if isinstance(step, slice):
-            return [self[each] for each in range(self._steps)[step]]
-        before, width = range(self._steps)[step], self._width
-        steps, flat = before + 1, slice(width * before, width * (before + 1))
-        start = width * before * steps // 2
-        wide = slice(start, start + width * steps)
-        own = {name: self._tensors[name][wide].view(width, steps) for name in _WIDE}
-        return Histories(**own, **{name: self._tensors[name][flat] for name in _FLAT})
+        return [self.tensors[name].data_ptr() for name in abi.HISTORIES]
 
     def best_block(self, waiting: int) -> BeamBlock:
         """See `Searched.best_block`."""
@@ -455,7 +432,7 @@ class Results(Sequence[Histories]):
         return tree
 
     def _struct(self) -> abi.Beams:
-        columns = (self._tensors[name].data_ptr() for name, _ in abi.Beams._fields_[2:])
+        columns = (self.tensors[name].data_ptr() for name, _ in abi.Beams._fields_[2:])
         return abi.Beams(self._steps, self._width, *columns)
 
 

@@ -2145,21 +2145,24 @@ void mtad_beam_tree(const Beams *b, int64_t *token_ids, int64_t *parents, float 
 }
 
 /* Adds `count` nodes to a tree of `old` ones: who is whose ancestor or the node itself, [old + count,
- * old + count], and where the new ones stand in a text whose next token stands at `start`. */
-void mtad_grow_tree(const uint8_t *ancestors, int old, const int64_t *parents, int count, int64_t start,
-                    uint8_t *grown, int64_t *positions) {
+ * old + count], and where the new ones stand in a text whose next token stands at `start`. 0 if it
+ * was done, 1 where a parent is no node before its child. */
+int mtad_grow_tree(const uint8_t *ancestors, int old, const int64_t *parents, int count,
+                   int64_t start, uint8_t *grown, int64_t *positions) {
     const size_t size = (size_t)(old + count);
     memset(grown, 0, size * size);
     for (int node = 0; node < old; node++)
         memcpy(grown + (size_t)node * size, ancestors + (size_t)node * (size_t)old, (size_t)old);
     for (int node = 0; node < count; node++) {
         uint8_t *row = grown + (size_t)(old + node) * size;
+        if (parents[node] < -1 || parents[node] >= old + node) return 1;
         if (parents[node] >= 0) memcpy(row, grown + (size_t)parents[node] * size, size);
         row[old + node] = 1;
         int64_t depth = -1;
         for (size_t i = 0; i < size; i++) depth += row[i];
         positions[node] = start + depth;
     }
+    return 0;
 }
 
 /* ---- single products and moves ------------------------------------------------------------- */

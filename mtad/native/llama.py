@@ -96,13 +96,18 @@ class NativePasses:
         """See `Passes.grow_tree`."""
         old, count = 0 if ancestors is None else ancestors.shape[0], parents.shape[0]
         ancestors = None if ancestors is None else ancestors.contiguous()
-        parents = parents.contiguous()
+        parents = parents.long().contiguous()
         grown = torch.empty(old + count, old + count, dtype=torch.bool)
         positions = torch.empty(count, dtype=torch.int64)
-        library.load().mtad_grow_tree(
+        failed = library.load().mtad_grow_tree(
             *(None if ancestors is None else ancestors.data_ptr(), old),
             *(parents.data_ptr(), count, length, grown.data_ptr(), positions.data_ptr()),
         )
+        if failed:
+            raise IndexError(
+                f"parents are {parents.tolist()}, but each must be −1 or a node before its own,"
+                f" which are counted from {old} on"
+            )
         return grown, positions
 
     def crop(self, length: int) -> None:

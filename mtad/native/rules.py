@@ -56,7 +56,8 @@ class NativeRules:
         """See `Rules.joint_path`."""
         offer = _offer(target, nodes)
         levels = reference.shape[0]
-        if offer is None or not levels or reference.dtype != torch.float32:
+        kinds = reference.dtype, paths.dtype
+        if offer is None or not levels or kinds != (torch.float32, torch.int64):
             return None
         struct, logprobs, _held = offer
         reference, paths = reference.contiguous(), paths.contiguous()
@@ -80,8 +81,9 @@ class NativeRules:
         """See `Rules.walk`."""
         offer = _offer(target, nodes)
         drafted, draft_ids = (each.contiguous() for each in draft)
-        kinds = drafted.dtype, uniform.dtype
-        if offer is None or kinds != (torch.float32, torch.float64) or drafted.shape[1] > NARROW:
+        kinds = drafted.dtype, draft_ids.dtype, uniform.dtype
+        known = kinds == (torch.float32, torch.int64, torch.float64)
+        if offer is None or not known or drafted.shape[1] > NARROW:
             return None
         struct, logprobs, _held = offer
         uniform = uniform.contiguous()
@@ -108,7 +110,12 @@ def _offer(
     logprobs, token_ids = (each.contiguous() for each in target)
     tokens, parents, drafted, real = (None if each is None else each.contiguous() for each in nodes)
     assert tokens is not None and drafted is not None
-    if (logprobs.dtype, drafted.dtype) != (torch.float32, torch.float32):
+    floating, whole = (logprobs, drafted), (token_ids, tokens, parents)
+    if any(each.dtype is not torch.float32 for each in floating):
+        return None
+    if any(each is not None and each.dtype is not torch.int64 for each in whole):
+        return None
+    if real is not None and real.dtype is not torch.bool:
         return None
     if logprobs.dim() != 2 or logprobs.shape[1] > NARROW:
         return None
