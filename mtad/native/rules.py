@@ -17,6 +17,7 @@ from mtad.native.memory import floats
 
 # Up to here one call is dearer than its work, and torch makes ten.
 NARROW = 512
+_KINDS = torch.float32, torch.float32, torch.int64, torch.int64
 
 
 class NativeRules:
@@ -87,9 +88,9 @@ class NativeRules:
             return None
         struct, logprobs, _held = offer
         uniform = uniform.contiguous()
-        path, tests = torch.empty(2, levels, dtype=torch.int64)
-        scores, thresholds = torch.empty(2, logprobs.shape[0], dtype=torch.float64)
-        accepted, final = torch.empty(2, dtype=torch.int64)
+        path, tests = (torch.empty(levels, dtype=torch.int64) for _ in range(2))
+        scores, thresholds = (torch.empty(logprobs.shape, dtype=torch.float64) for _ in range(2))
+        accepted, final = (torch.empty((), dtype=torch.int64) for _ in range(2))
         library.load().mtad_walk(
             ctypes.byref(
                 abi.Walk(
@@ -110,10 +111,8 @@ def _offer(
     logprobs, token_ids = (each.contiguous() for each in target)
     tokens, parents, drafted, real = (None if each is None else each.contiguous() for each in nodes)
     assert tokens is not None and drafted is not None
-    floating, whole = (logprobs, drafted), (token_ids, tokens, parents)
-    if any(each.dtype is not torch.float32 for each in floating):
-        return None
-    if any(each is not None and each.dtype is not torch.int64 for each in whole):
+    kinds = logprobs.dtype, drafted.dtype, token_ids.dtype, tokens.dtype
+    if kinds != _KINDS or (parents is not None and parents.dtype is not torch.int64):
         return None
     if real is not None and real.dtype is not torch.bool:
         return None
