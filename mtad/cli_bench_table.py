@@ -206,11 +206,11 @@ def _predictions(found: Sequence[Row], costs: Costs | None) -> list[str]:
         return [f"predicted × {DASH}: the costs were not measured."]
     lines = [
         "predicted ×: tokens/pass × the cost of a one-token pass / the cost of verification and"
-        f" drafting; medians of {costs.rounds} at a context of {costs.context}, measured in this"
-        " process, before the runs and between them. With γ auto the iterations of a run cost"
-        " what its mean verification does, between two measured ones. measured / predicted: the"
-        " speed-up of all tokens together, as tokens/pass are pooled; × autoregressive is"
-        " a median.",
+        f" drafting; medians of {costs.rounds} ratios to the one-token pass before each, at a"
+        f" context of {costs.context}, measured in this process, before the runs and between them."
+        " With γ auto the iterations of a run cost what its mean verification does, between two"
+        " measured ones. measured / predicted: the speed-up of all tokens together, as tokens/pass"
+        " are pooled; × autoregressive is a median.",
     ]
     without = [row.line.title for row in found if row.prompts and row.predicted is None]
     if without:

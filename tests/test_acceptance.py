@@ -65,6 +65,7 @@ from mtad.config import DecodeConfig
 from mtad.draft_files import save_draft
 from mtad.errors import Cancelled, ConfigError, PairError, PromptError
 from mtad.hidden_draft import HiddenDraft, HiddenDraftConfig
+from mtad.lm import CachedLM
 from tests.models import tiny
 from tests.samples import trace
 
@@ -555,8 +556,30 @@ def test_of_costs_measured_several_times_the_middle_counts() -> None:
         for one, first in ((4.0, 0.2), (1.0, 0.3), (2.0, 0.7))
     ]
     found = together(parts)
-    assert found == Costs(200, 15, {1: 2.0, 5: 3.0}, {9: 4.0}, {1: 0.1}, 0.3)
+    # 5 rows took 0.75, 3 and 1.5 one-token passes, the first step 0.05, 0.3 and 0.35.
+    assert found == Costs(200, 15, {1: 2.0, 5: 3.0}, {9: 4.0}, {1: 0.1}, 0.6)
     assert together([Costs(9, 1, {1: 1.0}, {}, {}, None)]) == Costs(9, 1, {1: 1.0}, {}, {}, None)
+
+
+def test_a_pass_is_compared_with_the_one_before_it(
+    pair: ModelPair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that runs four times as fast half of the time changes no ratio."""
+    now, calls = [0.0], [0]
+    plain = CachedLM.forward
+
+    def forward(self: CachedLM, token_ids: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        """A row takes 1 and each further one 0.1; a quarter of that in a fast minute."""
+        calls[0] += token_ids.shape[0] == 1
+        fast = calls[0] // 4 % 2
+        now[0] += (0.9 + 0.1 * token_ids.shape[0]) / (4 if fast else 1)
+        return plain(self, token_ids, *rest, **named)
+
+    monkeypatch.setattr(CachedLM, "forward", forward)
+    monkeypatch.setattr("mtad.acceptance.costs.time.perf_counter", lambda: now[0])
+    found = measure_costs(pair, {("target", 3), ("target", 9)}, 4, rounds=5)
+    ratios = [found.target[rows] / found.target[1] for rows in (3, 9)]
+    assert ratios == pytest.approx([1.2, 1.8])
 
 
 def test_costs_can_be_stopped_and_need_room(pair: ModelPair) -> None:

@@ -3,16 +3,21 @@
 The draft is driven as a decoder drives it: prefill, steps, a verified block of which two tokens
 are kept, the next steps. So a draft that reads accepted tokens again pays for that here, and one
 whose weights come back into the processor's caches step by step gets what that saves.
+
+A processor's clock changes from one tenth of a second to the next, and not all passes feel it
+alike. So each is measured right after a one-token pass, and what counts is the median of their
+ratios.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +40,7 @@ _ACCEPTED = 2
 _LATER_STEPS = 5  # of a block, behind its first one
 _DRAFT_STEP: Pass = ("draft", 1)
 
-# Seconds of each round
+# Seconds of one-token passes; of the others how many times the one-token pass before they took
 Times = dict[Pass, list[float]]
 
 
@@ -48,7 +53,9 @@ def measure_costs(
     cancel: threading.Event | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Costs:
-    """Median seconds of each kind of pass at a context of about 200 tokens.
+    """Seconds of each kind of pass at a context of about 200 tokens.
+
+    Those of the one-token pass are a median, those of the others that times the median of ratios.
 
     Args:
         pair: the models; without a draft only the one-token pass of the target is measured.
@@ -85,9 +92,11 @@ def measure_costs(
                 timer.times.clear()
             progress(done, rounds)
     medians = {key: statistics.median(times) for key, times in timer.times.items()}
+    one_token = medians.pop(ONE_TOKEN)
+    seconds = {ONE_TOKEN: one_token} | {key: ratio * one_token for key, ratio in medians.items()}
 
     def of(kind: str) -> dict[int, float]:
-        return {rows: seconds for (what, rows), seconds in medians.items() if what == kind}
+        return {rows: found for (what, rows), found in seconds.items() if what == kind}
 
     return Costs(
         context=context,
@@ -95,16 +104,25 @@ def measure_costs(
         target=of("target"),
         tree=of("tree"),
         draft=of("draft"),
-        draft_first=medians.get(("draft first", 1)),
+        draft_first=seconds.get(("draft first", 1)),
     )
 
 
 def together(parts: Sequence[Costs]) -> Costs:
-    """Several measurements of the same passes, spread over a run: the median of each figure."""
+    """Several measurements of the same passes, spread over a run: the median of each figure.
+
+    Of all but the one-token pass it is the ratio to that which is looked at, as in each of them.
+    """
+    ones = [part.target[1] for part in parts]
+    one_token = statistics.median(ones)
+
+    def typical(figures: Iterable[float]) -> float:
+        ratios = [seconds / one for seconds, one in zip(figures, ones, strict=True)]
+        return one_token * statistics.median(ratios)
 
     def by_rows(name: str) -> dict[int, float]:
         tables = [getattr(part, name) for part in parts]
-        return {rows: statistics.median(table[rows] for table in tables) for rows in tables[0]}
+        return {rows: typical(table[rows] for table in tables) for rows in tables[0]}
 
     first_steps = [part.draft_first for part in parts if part.draft_first is not None]
     return Costs(
@@ -113,20 +131,21 @@ def together(parts: Sequence[Costs]) -> Costs:
         target=by_rows("target"),
         tree=by_rows("tree"),
         draft=by_rows("draft"),
-        draft_first=statistics.median(first_steps) if first_steps else None,
+        draft_first=typical(first_steps) if first_steps else None,
     )
 
 
 class _Timer:
-    """Seconds of a call, the device caught up before and after."""
+    """Seconds of a call, the device caught up before and after; see `Times`."""
 
     def __init__(self, device: torch.device, cancel: threading.Event | None) -> None:
         self.times: Times = {}
+        self._one_token = math.nan
         self._device = device
         self._cancel = cancel
 
     def __call__(self, what: str, rows: int, call: Callable[[], Any], steps: int = 1) -> Any:
-        """Calls it and notes the seconds of one of its `steps` steps."""
+        """Calls it and notes what one of its `steps` steps took."""
         if self._cancel is not None and self._cancel.is_set():
             raise Cancelled("The measurement was stopped.")
         synchronize(self._device)
@@ -134,7 +153,11 @@ class _Timer:
         result = call()
         synchronize(self._device)
         seconds = (time.perf_counter() - start) / steps
-        self.times.setdefault((what, rows), []).append(seconds)
+        if (what, rows) == ONE_TOKEN:
+            self._one_token = figure = seconds
+        else:
+            figure = seconds / self._one_token
+        self.times.setdefault((what, rows), []).append(figure)
         return result
 
 
@@ -167,20 +190,27 @@ class _Bench:
     def round(self) -> None:
         """Every pass once, then the answer grows."""
         timer, state = self._timer, self._state
-        # As `autoregressive` does it: no draft asks for hidden states, and the caches hold what the
-        # same pass has left there.
+        # As `autoregressive` does it: no draft asks for hidden states.
         one_token = functools.partial(state.target.forward, state.pending)
-        one_token()
+
+        def begin() -> None:
+            """The pass with which the next one is compared."""
+            timer("target", 1, one_token)
+            state.target.keep(0)
+
+        one_token()  # the caches hold what the same pass has left there
         state.target.keep(0)
-        timer("target", 1, one_token)
-        state.target.keep(0)
+        begin()
         for kind, rows in self._verified:
             proposal = self._tree(rows - 1) if kind == "tree" else self._block(rows - 1)
             timer(kind, rows, functools.partial(state.verify, proposal))
             state.target.keep(0)
+            begin()
         for rows in self._draft_rows:
             if state.draft is not None:
                 self._draft(state.draft, rows)
+                one_token = functools.partial(state.target.forward, state.pending)
+                begin()
 
     def _block(self, length: int) -> Proposal:
         tokens = self._tokens(length)
