@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import statistics
 import sys
 import threading
 from collections.abc import Sequence
@@ -251,7 +252,8 @@ def _run(
     """Measures machine and costs, then runs what is not in the file yet.
 
     Costs are measured again between the runs: a machine that others use as well has slow minutes,
-    and a prediction from one of them says nothing of the others.
+    and a prediction from one of them says nothing of the others. Their context is that of the
+    middle of a run.
     """
     from mtad.acceptance.costs import measure_costs, together
     from mtad.bench.systems import Failure, measure, missing
@@ -264,8 +266,17 @@ def _run(
             outcome.machine = _machine(outcome, models, stop, err)
             passes = passes_of(settings, config)
             width = config.width
+            length = statistics.fmean(map(len, prompts.values())) + config.max_new_tokens / 2
+            context = round(length)
             outcome.costs, why = pass_costs(
-                models, passes, width, stop, err, purpose="prediction", rounds=_COST_ROUNDS
+                models,
+                passes,
+                width,
+                stop,
+                err,
+                purpose="prediction",
+                rounds=_COST_ROUNDS,
+                context=context,
             )
             outcome.notes += why
             parts = [] if outcome.costs is None else [outcome.costs]
@@ -281,9 +292,15 @@ def _run(
                         outcome.runs.append(found)
                         say(dataclasses.replace(found.record, tokens=found.timed_tokens))
                     if parts and done in marks:
-                        parts.append(
-                            measure_costs(models, passes, width, rounds=_COST_ROUNDS, cancel=stop)
+                        more = measure_costs(
+                            models,
+                            passes,
+                            width,
+                            rounds=_COST_ROUNDS,
+                            context=context,
+                            cancel=stop,
                         )
+                        parts.append(more)
                         outcome.costs = together(parts)
         except (Cancelled, KeyboardInterrupt):
             outcome.interrupted = True

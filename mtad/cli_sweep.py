@@ -65,9 +65,10 @@ def pass_costs(
     *,
     purpose: str,
     rounds: int | None = None,
+    context: int | None = None,
 ) -> tuple[Costs | None, tuple[str, ...]]:
     """What the passes cost; or None, and a note that says why there is no `purpose`."""
-    from mtad.acceptance.costs import ROUNDS, measure_costs
+    from mtad.acceptance.costs import CONTEXT_TOKENS, ROUNDS, measure_costs
 
     try:
         with stage(err, "Measuring what the passes cost") as show:
@@ -76,6 +77,7 @@ def pass_costs(
                 passes,
                 beam_width,
                 rounds=rounds or ROUNDS,
+                context=context or CONTEXT_TOKENS,
                 cancel=stop,
                 progress=lambda done, total: show(f"{done} of {total}"),
             )

@@ -1,7 +1,8 @@
 """What the passes of a pair cost on this machine, measured in turns.
 
-The draft is driven as a decoder drives it: prefill, steps, a verified block of which two tokens
-are kept, the next steps. So a draft that reads accepted tokens again pays for that here, and one
+Both models are driven as a decoder drives them: prefill, steps of the draft, a verified block of
+which two tokens are kept, the next steps. So a verification finds the caches as a draft leaves
+them, a draft that reads accepted tokens again pays for that here, and one
 whose weights come back into the processor's caches step by step gets what that saves.
 
 A processor's clock changes from one tenth of a second to the next, and not all passes feel it
@@ -50,10 +51,11 @@ def measure_costs(
     beam_width: int,
     *,
     rounds: int = ROUNDS,
+    context: int = CONTEXT_TOKENS,
     cancel: threading.Event | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Costs:
-    """Seconds of each kind of pass at a context of about 200 tokens.
+    """Seconds of each kind of pass.
 
     Those of the one-token pass are a median, those of the others that times the median of ratios.
 
@@ -63,6 +65,7 @@ def measure_costs(
             where there is a draft step, so are the first of a block and that of one row.
         beam_width: W, the number of branches of a tree.
         rounds: measurements of each.
+        context: tokens in the caches in the middle of the measurement, or what there is room for.
         cancel: stops between two passes.
         progress: called with the rounds done and in all.
 
@@ -76,16 +79,17 @@ def measure_costs(
         wanted.add(_DRAFT_STEP)
     longest = max(rows for _, rows in wanted)
     blocks = sum(kind == "draft" for kind, _ in wanted)
-    room = pair.context_length - longest - (rounds + 2) * blocks * (_ACCEPTED + 1)
-    context = min(CONTEXT_TOKENS, room)
-    if context < 2:
+    growth = (rounds + 2) * (blocks + 1) * (_ACCEPTED + 1) if blocks else 0
+    room = pair.context_length - longest - growth
+    if room < 2:
         raise PairError(
             f"The context of this pair holds {pair.context_length} tokens, too few to measure"
             f" passes of {longest} rows. Choose a smaller γ or beam width."
         )
     timer = _Timer(pair.device, cancel)
     with device_lock(pair.device), decoding(pair):
-        bench = _Bench(pair, context, wanted, beam_width, timer)
+        begin = min(room, max(2, context - growth // 2))
+        bench = _Bench(pair, begin, wanted, beam_width, timer)
         for done in range(rounds + 1):
             bench.round()
             if done == 0:
@@ -99,7 +103,7 @@ def measure_costs(
         return {rows: found for (what, rows), found in seconds.items() if what == kind}
 
     return Costs(
-        context=context,
+        context=begin + growth // 2,
         rounds=rounds,
         target=of("target"),
         tree=of("tree"),
@@ -161,6 +165,14 @@ class _Timer:
         return result
 
 
+# What, of how many rows, the call, how many steps it makes → what the call returns
+Timer = Callable[[str, int, Callable[[], Any], int], Any]
+
+
+def _untimed(what: str, rows: int, call: Callable[[], Any], steps: int = 1) -> Any:
+    return call()
+
+
 class _Bench:
     """A pair in the middle of an answer, which goes on by three tokens a block."""
 
@@ -195,22 +207,37 @@ class _Bench:
 
         def begin() -> None:
             """The pass with which the next one is compared."""
+            one_token()  # the caches hold what the same pass has left there
+            state.target.keep(0)
             timer("target", 1, one_token)
             state.target.keep(0)
 
-        one_token()  # the caches hold what the same pass has left there
-        state.target.keep(0)
         begin()
         for kind, rows in self._verified:
             proposal = self._tree(rows - 1) if kind == "tree" else self._block(rows - 1)
-            timer(kind, rows, functools.partial(state.verify, proposal))
-            state.target.keep(0)
+            self._verify(proposal, functools.partial(timer, kind, rows))
             begin()
+        if state.draft is not None and self._verified:
+            self._draft(
+                state.draft, 1, _untimed
+            )  # a block whose accepted tokens the next one reads
         for rows in self._draft_rows:
             if state.draft is not None:
-                self._draft(state.draft, rows)
                 one_token = functools.partial(state.target.forward, state.pending)
                 begin()
+                self._draft(state.draft, rows, timer)
+
+    def _verify(self, proposal: Proposal, timed: Callable[[Callable[[], Any]], Any]) -> None:
+        """A pass behind a draft, which has driven some of the target out of the caches."""
+        state, draft = self._state, self._state.draft
+        if draft is not None:
+            logits = self._first_step(draft)
+            self._later_steps(draft, 1, logits)()
+        timed(functools.partial(state.verify, proposal))
+        state.target.keep(0)
+        if draft is not None:
+            hidden = None if state.hidden is None else state.hidden[:0]
+            self._settle = functools.partial(draft.keep, 0, hidden)
 
     def _block(self, length: int) -> Proposal:
         tokens = self._tokens(length)
@@ -229,17 +256,29 @@ class _Bench:
             real=torch.ones_like(tokens).bool(),
         )
 
-    def _draft(self, draft: Drafter, rows: int) -> None:
+    def _draft(self, draft: Drafter, rows: int, timer: Timer) -> None:
         """A block of which two tokens are accepted, settled as `State` does it."""
-        timer, state = self._timer, self._state
-        waiting = state.draft_pending.shape[0]
+        state = self._state
+        waiting, token = state.draft_pending.shape[0], self._tokens(1)
+        logits = timer("draft first", 1, functools.partial(self._first_step, draft), 1)
+        timer("draft", rows, self._later_steps(draft, rows, logits), _LATER_STEPS)
+        block = self._block(_ACCEPTED)
+        state.verify(block)
+        state.target.keep(1 + _ACCEPTED)
+        # The draft has read the pending tokens and the first of the block.
+        self._settle = functools.partial(draft.keep, waiting + 1, state.hidden)
+        state.pending = token
+        state.draft_pending = torch.cat([block.token_ids[1:], token])
 
-        def first_step() -> Logits:
-            self._settle()
-            return Logits.of(draft.next_logits(state.draft_pending))[-1:]
+    def _first_step(self, draft: Drafter) -> Logits:
+        self._settle()
+        return Logits.of(draft.next_logits(self._state.draft_pending))[-1:]
 
-        token, beams = self._tokens(1), self._tokens(rows)
+    def _later_steps(self, draft: Drafter, rows: int, logits: Logits) -> Callable[[], None]:
+        """What comes behind the first step of a block, of so many rows each."""
+        state, token, beams = self._state, self._tokens(1), self._tokens(rows)
         config = dataclasses.replace(state.config, beam_width=rows)
+        waiting = state.draft_pending.shape[0]
 
         def beams_by_step() -> None:
             above = torch.full_like(beams, waiting - 1)
@@ -263,16 +302,8 @@ class _Bench:
 
         by_step = chain_by_step if rows == 1 else beams_by_step
 
-        def later_steps() -> None:
+        def steps() -> None:
             if not at_once():
                 by_step()
 
-        logits = timer("draft first", 1, first_step)
-        timer("draft", rows, later_steps, _LATER_STEPS)
-        block = self._block(_ACCEPTED)
-        state.verify(block)
-        state.target.keep(1 + _ACCEPTED)
-        # The draft has read the pending tokens and the first of the block.
-        self._settle = functools.partial(draft.keep, waiting + 1, state.hidden)
-        state.pending = token
-        state.draft_pending = torch.cat([block.token_ids[1:], token])
+        return steps
