@@ -28,7 +28,7 @@ from mtad.cuda.drafter import CudaDrafter
 from mtad.cuda.fused import Fused, Plain, kernels
 from mtad.cuda.llama import CudaLlama, unsupported_reason
 from mtad.cuda.stack import fused
-from mtad.decoders import common, load_decoder
+from mtad.decoders import load_decoder, readback
 from mtad.draft import Drafter
 from mtad.errors import PairError
 from mtad.hidden_draft import Ends
@@ -396,7 +396,7 @@ def test_weights_and_sizes_of_a_pair() -> None:
 def test_one_read_per_target_pass(
     method: str, kind: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common, "_on_host", lambda tensor: False)  # as on a device
+    monkeypatch.setattr(readback, "_on_host", lambda tensor: False)  # as on a device
     pair = pair_of(kind, "cuda", device)
     lm = CachedLM(pair.engine_target)
     generator = torch.Generator(device).manual_seed(0)

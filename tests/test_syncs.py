@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mtad.config import DecodeConfig
-from mtad.decoders import common, load_decoder
+from mtad.decoders import load_decoder, readback
 from mtad.draft import LMDrafter
 from mtad.lm import CachedLM
 from tests.models import tiny
@@ -108,7 +108,7 @@ def steady_state(method: str, device: str, **parameters: Any) -> tuple[Any, Cach
 def test_one_read_per_target_pass(
     method: str, filters: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common, "_on_host", lambda tensor: False)  # as on a device
+    monkeypatch.setattr(readback, "_on_host", lambda tensor: False)  # as on a device
     decisions, lm = steady_state(method, "cpu", **filters)
     for _ in range(6):
         before = lm.passes

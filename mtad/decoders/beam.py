@@ -14,13 +14,8 @@ from torch import Tensor
 
 from mtad.config import DecodeConfig
 from mtad.decoders.beams import Beams
-from mtad.decoders.common import (
-    NUM_ALTERNATIVES,
-    State,
-    alternatives,
-    check_finite,
-    to_host,
-)
+from mtad.decoders.common import NUM_ALTERNATIVES, State
+from mtad.decoders.readback import alternatives, check_finite, to_host
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.trace import Decision, Outcome

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mtad.config import DecodeConfig
-from mtad.decoders.common import Proposal, State, Verdict, check_finite
+from mtad.decoders.common import Proposal, State, Verdict
+from mtad.decoders.readback import check_finite
 from mtad.draft import Drafter
 from mtad.lm import CachedLM
 from mtad.logits import Logits, wide

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mtad.config import DecodeConfig
-from mtad.decoders.common import check_finite
+from mtad.decoders.readback import check_finite
 from mtad.errors import BudgetError
 from mtad.lm import CachedLM
 from mtad.logits import wide
