@@ -73,7 +73,8 @@ def measure_costs(
         Cancelled: it was stopped.
         PairError: the context of the pair is too short for such passes.
     """
-    # A block appends the accepted tokens and the one after them; one round warms up.
+    # A block appends the accepted tokens and the one after them; one round warms up, and each has a
+    # block that is not timed.
     wanted = {ONE_TOKEN, *(passes if pair.draft is not None else ())}
     if any(kind == "draft" for kind, _ in wanted):
         wanted.add(_DRAFT_STEP)
@@ -200,7 +201,7 @@ class _Bench:
         return torch.arange(1, count + 1, device=self._device) * 7919 % self._vocab_size
 
     def round(self) -> None:
-        """Every pass once, then the answer grows."""
+        """Every pass once; the answer grows with the blocks of the draft."""
         timer, state = self._timer, self._state
         # As `autoregressive` does it: no draft asks for hidden states.
         one_token = functools.partial(state.target.forward, state.pending)
@@ -217,15 +218,14 @@ class _Bench:
             proposal = self._tree(rows - 1) if kind == "tree" else self._block(rows - 1)
             self._verify(proposal, functools.partial(timer, kind, rows))
             begin()
-        if state.draft is not None and self._verified:
-            self._draft(
-                state.draft, 1, _untimed
-            )  # a block whose accepted tokens the next one reads
+        if state.draft is None:
+            return
+        if self._verified:  # a block whose accepted tokens the next one reads
+            self._draft(state.draft, 1, _untimed)
         for rows in self._draft_rows:
-            if state.draft is not None:
-                one_token = functools.partial(state.target.forward, state.pending)
-                begin()
-                self._draft(state.draft, rows, timer)
+            one_token = functools.partial(state.target.forward, state.pending)
+            begin()
+            self._draft(state.draft, rows, timer)
 
     def _verify(self, proposal: Proposal, timed: Callable[[Callable[[], Any]], Any]) -> None:
         """A pass behind a draft, which has driven some of the target out of the caches."""
