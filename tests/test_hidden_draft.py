@@ -355,6 +355,21 @@ def test_a_draft_of_a_larger_vocabulary_is_asked_step_by_step() -> None:
 
 
 @needs_a_compiler
+@pytest.mark.parametrize("path", [[2], [0, -1], [0, 1, 2]])
+def test_a_path_that_names_no_node_is_refused_and_changes_nothing(path: list[int]) -> None:
+    target, draft = native_sizes()
+    drafter = NativeDrafter(NativeDraft(draft, Ends.of(target, draft.token_ids), 512), VOCABULARY)
+    hidden = torch.randn(3, draft.config.hidden_size * len(draft.config.target_layers))
+    drafter.prefill(torch.tensor([3, 4, 5]), hidden)
+    drafter.next_logits(torch.tensor([6, 7]))
+    for _ in range(2):
+        with pytest.raises(IndexError, match="names a node that is none of 2"):
+            drafter.keep(torch.tensor(path), hidden[:2])
+    drafter.keep(torch.tensor([0, 1], dtype=torch.int32), hidden[:2])
+    assert drafter.save() is not None
+
+
+@needs_a_compiler
 def test_more_choices_than_the_kernels_hold_are_drafted_step_by_step() -> None:
     target, draft = native_sizes()
     drafter = NativeDrafter(NativeDraft(draft, Ends.of(target, draft.token_ids), 512), VOCABULARY)

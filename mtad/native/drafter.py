@@ -29,6 +29,7 @@ from mtad.native.threads import context
 _CHUNK_TOKENS = 512
 _FIRST_TEXT = 512
 _FIRST_STATES = 64
+_NO_NODE = 2  # what `mtad_keep` says of a path
 
 
 def _ids(*shape: int) -> Tensor:
@@ -156,7 +157,7 @@ class NativeDrafter:
         if isinstance(path, int):
             length, nodes = min(path, max(0, self._entries - self._unread)), None
         else:
-            length, nodes = path.shape[0], path.contiguous()
+            length, nodes = path.shape[0], path.long().contiguous()
         self._reserve_text(length)
         self._reserve_states(hidden.shape[0])
         self._reserve(self._unread + length)
@@ -174,6 +175,9 @@ class NativeDrafter:
             ctypes.byref(self._books),
             ctypes.byref(keep),
         )
+        if failed == _NO_NODE:
+            count = max(0, self._entries - self._unread)
+            raise IndexError(f"the path {path} names a node that is none of {count}")
         if failed:
             raise MemoryError(f"no memory for {hidden.shape[0]:,} rows")
         self._known, self._unread = keep.known, keep.unread

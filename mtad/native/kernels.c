@@ -1422,10 +1422,14 @@ typedef struct {
 } Keep;                  /*   to what is left to read */
 
 /* What was read with the target's states becomes a part of the prefix, with its slots; the rest of
- * the path is to be read again. 0 if it was done, 1 where memory is missing. */
+ * the path is to be read again. 0 if it was done, 1 where memory is missing, 2 where the path names
+ * what is no node; then nothing was done. */
 int mtad_keep(Context *c, const Draft *draft, Books *books, Keep *keep) {
     const size_t width = (size_t)draft->model.width, size = (size_t)books->size;
     float *more = keep->states + (size_t)keep->known * width;
+    const int64_t nodes = keep->entries - keep->unread;
+    for (int i = 0; keep->path && i < keep->length; i++)
+        if (keep->path[i] < 0 || keep->path[i] >= nodes) return 2;
     if (keep->rows && mtad_read(c, draft, keep->hidden, more, keep->rows)) return 1;
     keep->known += keep->rows;
     for (int i = 0; i < keep->length; i++) {
