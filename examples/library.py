@@ -1,6 +1,6 @@
 """One prompt, two decoders: what each pass of the target was worth.
 
-python examples/library.py "Why is the sky blue?"
+PYTHONPATH=. python examples/library.py "Why is the sky blue?"
 """
 
 from __future__ import annotations

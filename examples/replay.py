@@ -1,7 +1,7 @@
 """Reads a recorded run and shows what became of every draft. Needs neither torch nor a model.
 
 python -m mtad generate "Why is the sky blue?" --json trace.json
-python examples/replay.py trace.json
+PYTHONPATH=. python examples/replay.py trace.json
 """
 
 from __future__ import annotations

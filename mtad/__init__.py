@@ -16,7 +16,7 @@ from mtad.trace import Decision, EnergyReading, Step, Summary, Trace
 from mtad.version import __version__
 
 if TYPE_CHECKING:
-    from mtad import verify
+    from mtad import bound, verify, whatif
     from mtad.draft import Drafter
     from mtad.draft_files import load_draft
     from mtad.hidden_draft import HiddenDraft
@@ -38,14 +38,17 @@ __all__ = [
     "Summary",
     "Trace",
     "__version__",
+    "bound",
     "load_draft",
     "load_pair",
     "methods",
     "run",
     "stream",
     "verify",
+    "whatif",
 ]
 
+_MODULES = "bound", "verify", "whatif"
 _LATE = {
     "Drafter": "mtad.draft",
     "HiddenDraft": "mtad.hidden_draft",
@@ -59,8 +62,8 @@ _LATE = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "verify":
-        return importlib.import_module("mtad.verify")
+    if name in _MODULES:
+        return importlib.import_module(f"mtad.{name}")
     if name in _LATE:
         return getattr(importlib.import_module(_LATE[name]), name)
     raise AttributeError(f"module 'mtad' has no attribute {name!r}")

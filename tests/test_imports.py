@@ -215,6 +215,7 @@ def test_public_names() -> None:
         "threshold",
     ]
     assert callable(mtad.verify.joint_accept_lengths)
+    assert callable(mtad.bound.measure) and callable(mtad.whatif.accepted_path)
     info = mtad.methods()[0]
     assert (info.id, info.lossless) == ("autoregressive", True)
     assert info.title and info.citation and info.parameters
