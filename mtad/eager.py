@@ -148,11 +148,7 @@ class EagerPasses:
         output = self._call(token_ids, mask, positions, layers)
         return Output(output.logits[0], self._states(output, layers))
 
-    def grow_tree(
-        self, ancestors: Tensor | None, parents: Tensor, levels: int, length: int
-    ) -> tuple[Tensor, Tensor]:
-        """See `Passes.grow_tree`."""
-        return tree.grown(ancestors, parents, levels, length)
+    grow_tree = staticmethod(tree.grown)
 
     def crop(self, length: int) -> None:
         """See `Passes.crop`."""

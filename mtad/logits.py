@@ -282,41 +282,11 @@ class TorchSearch:
         hits = token_ids == tokens.unsqueeze(-1)
         return torch.where(hits, logprobs, -torch.inf).amax(-1)
 
-    def choose(self, *_: object) -> None:
-        """See `Search.choose`."""
-        return None
+    def _no_code(self, *_: object) -> None:
+        """Each of these is what torch does otherwise."""
 
-    def grow(self, *_: object) -> None:
-        """See `Search.grow`."""
-        return None
-
-    def sample(self, *_: object) -> None:
-        """See `Search.sample`."""
-        return None
-
-    def draw_corrected(self, *_: object) -> None:
-        """See `Search.draw_corrected`."""
-        return None
-
-    def record(self, *_: object) -> None:
-        """See `Search.record`."""
-        return None
-
-    def joint_prefix(self, *_: object) -> None:
-        """See `Rules.joint_prefix`."""
-        return None
-
-    def kept_run(self, *_: object) -> None:
-        """See `Rules.kept_run`."""
-        return None
-
-    def joint_path(self, *_: object) -> None:
-        """See `Rules.joint_path`."""
-        return None
-
-    def walk(self, *_: object) -> None:
-        """See `Rules.walk`."""
-        return None
+    choose = grow = sample = draw_corrected = record = _no_code
+    joint_prefix = kept_run = joint_path = walk = _no_code
 
 
 TORCH_SEARCH = TorchSearch()

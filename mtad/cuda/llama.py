@@ -165,11 +165,7 @@ class CudaPasses:
         hidden = None if hidden is None else hidden[:count].clone()
         return Output(logits[:count].clone(), hidden, arena.search)
 
-    def grow_tree(
-        self, ancestors: Tensor | None, parents: Tensor, levels: int, length: int
-    ) -> tuple[Tensor, Tensor]:
-        """See `Passes.grow_tree`."""
-        return tree.grown(ancestors, parents, levels, length)
+    grow_tree = staticmethod(tree.grown)
 
     def crop(self, length: int) -> None:
         """See `Passes.crop`."""

@@ -312,9 +312,7 @@ class State:
         """
         config, chance = self.rule_config, self.uniforms(chances)
         if logits.search.stretches is None:
-            verdict = rule(config, proposal, logits, chance, *drafted)
-            found = _find(proposal, logits, verdict)
-            return self._settle(proposal, found, found.to_host())
+            return self.conclude(proposal, logits, rule(config, proposal, logits, chance, *drafted))
         names = [name for name in _COLUMNS if getattr(proposal, name) is not None]
 
         def compute(logits: Logits, chance: Tensor, *tensors: Tensor) -> _Findings:

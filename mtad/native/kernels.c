@@ -1759,13 +1759,18 @@ void mtad_sample(Context *c, const Sample *s) {
 }
 
 /* What a row says of one token; −∞ where it is not among those of the row. */
+static float said_of(const float *logprobs, const int64_t *token_ids, int columns, int64_t token) {
+    float said = -INFINITY;
+    for (int i = 0; i < columns; i++)
+        if (token_ids[i] == token) said = logprobs[i];
+    return said;
+}
+
+/* The same of one token for each row. */
 void mtad_pick(const float *logprobs, const int64_t *token_ids, const int64_t *tokens, int rows,
                int columns, float *picked) {
-    for (int row = 0; row < rows; row++, logprobs += columns, token_ids += columns) {
-        picked[row] = -INFINITY;
-        for (int i = 0; i < columns; i++)
-            if (token_ids[i] == tokens[row]) picked[row] = logprobs[i];
-    }
+    for (int row = 0; row < rows; row++, logprobs += columns, token_ids += columns)
+        picked[row] = said_of(logprobs, token_ids, columns, tokens[row]);
 }
 
 typedef struct {
@@ -1819,15 +1824,15 @@ typedef struct {
     float *target;            /* [nodes] becomes log p of each */
 } Offer;
 
-static int64_t parent_of(const Offer *o, int node) { return o->parents ? o->parents[node] : node - 1; }
+static int64_t parent_of(const Offer *o, int node) {
+    return o->parents ? o->parents[node] : node - 1;
+}
 
 /* log p of a node. */
 static float look_up(const Offer *o, int node) {
     const size_t start = (size_t)(parent_of(o, node) + 1) * (size_t)o->columns;
-    o->target[node] = -INFINITY;
-    for (size_t i = start; i < start + (size_t)o->columns; i++)
-        if (o->token_ids[i] == o->tokens[node]) o->target[node] = o->logprobs[i];
-    return o->target[node];
+    return o->target[node] =
+               said_of(o->logprobs + start, o->token_ids + start, o->columns, o->tokens[node]);
 }
 
 static int stands(const Offer *o, int node) { return !o->real || o->real[node]; }
@@ -1925,7 +1930,7 @@ void mtad_walk(const Walk *w) {
         for (int i = 0; i < columns; i++) p[i] = exp((double)o->logprobs[start + (size_t)i]);
         int tests = 0;
         int64_t next = -1;
-        for (int child = (int)node + 1; child < o->nodes && next < 0; child++) {
+        for (int child = (int)node + 1; child < o->nodes; child++) {
             if (parent_of(o, child) != node || !stands(o, child)) continue;
             const size_t first = (size_t)(node + 1) * (size_t)draft_columns;
             const int64_t *draft_ids = w->draft_ids + first, token = o->tokens[child];
