@@ -274,7 +274,7 @@ def _run(
                 width,
                 stop,
                 err,
-                purpose="prediction",
+                purpose="prediction by passes alone",
                 rounds=_COST_ROUNDS,
                 context=context,
             )

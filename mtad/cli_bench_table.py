@@ -21,6 +21,7 @@ SPEED_HEADINGS = (
     "tokens/pass",
     "predicted ×",
     "measured / predicted",
+    "predicted × by passes alone",
 )
 TEXT_HEADINGS = (
     *_KEYS,
@@ -88,6 +89,7 @@ def _speed(row: Row) -> Cells:
         interval(row.block_efficiency),
         number(row.predicted),
         number(row.measured_over_predicted),
+        number(row.predicted_alone),
     )
 
 
@@ -202,22 +204,27 @@ def _transformers(found: Sequence[Row]) -> list[str]:
 
 
 def _predictions(found: Sequence[Row], costs: Costs | None) -> list[str]:
-    if costs is None:
-        return [f"predicted × {DASH}: the costs were not measured."]
     lines = [
         "predicted ×: tokens/pass × the cost of a one-token pass / the cost of verification and"
-        f" drafting; medians of {costs.rounds} ratios to the one-token pass before each, at a"
-        f" context of {costs.context}, measured in this process, before the runs and between them."
-        " With γ auto the iterations of a run cost what its mean verification does, between two"
-        " measured ones. measured / predicted: the speed-up of all tokens together, as tokens/pass"
-        " are pooled; × autoregressive is a median.",
+        " drafting, of all runs of both rows together: how much faster the models are without what"
+        " stands between them. measured / predicted: the speed-up of all tokens together, as"
+        " tokens/pass are pooled; × autoregressive is a median.",
     ]
-    without = [row.line.title for row in found if row.prompts and row.predicted is None]
+    if costs is None:
+        return [*lines, f"predicted × by passes alone {DASH}: the costs were not measured."]
+    lines.append(
+        "predicted × by passes alone: the same by costs measured outside of the runs, in this"
+        f" process, before the runs and between them: medians of {costs.rounds} ratios to the"
+        f" one-token pass before each, at a context of {costs.context}. With γ auto the iterations"
+        " of a run cost what its mean verification does, between two measured ones. It differs"
+        " where the clock did, and where passes cost more behind each other than alone."
+    )
+    without = [row.line.title for row in found if row.prompts and row.predicted_alone is None]
     if without:
         lines.append(
-            f"predicted × {DASH}: for {', '.join(dict.fromkeys(without))} no fixed cost of an"
-            " iteration was measured (transformers, a draft that ends where it is unsure, or a tree"
-            " that W does not divide)."
+            f"predicted × by passes alone {DASH}: for {', '.join(dict.fromkeys(without))} no fixed"
+            " cost of an iteration was measured (transformers, a draft that ends where it is"
+            " unsure, or a tree that W does not divide)."
         )
     return lines
 

@@ -383,19 +383,54 @@ COSTS = Costs(
 )
 
 
-def test_predictions() -> None:
+def test_predictions_are_made_of_what_passes_cost_in_the_runs() -> None:
+    tree = Setting("specinfer")
+    spans = {"draft_seconds": 0.2, "verify_seconds": 0.4, "draft_passes": 40}
+    runs = [made(PLAIN, "a", 1.0, verify_seconds=0.9)]
+    runs += [made(MTAD, "a", 0.8, tokens=20, **spans), made(FLOAT32, "a")]
+    runs += [made(tree, "b", 0.8, tokens=20, **spans)]
+    plain_row, mtad_row, tree_row, foreign = table(runs, PLAIN, MTAD, tree, FLOAT32)
+    assert plain_row.predicted == pytest.approx(1.0)
+    assert plain_row.measured_over_predicted == pytest.approx(1.0)
+    # Two tokens a pass; 0.09 of a pass of one token against 0.04 and 0.02.
+    assert mtad_row.predicted == pytest.approx(2 * 0.09 / 0.06)
+    # Outside of its passes the one spent 0.1 of its time, the other 0.25.
+    assert mtad_row.measured_over_predicted == pytest.approx(0.75 / 0.9)
+    assert foreign.predicted is None and foreign.measured_over_predicted is None
+    assert tree_row.predicted is None, "no prompt in common"
+    assert table(runs, MTAD)[0].predicted is None, "nothing to be faster than"
+    # Passes that others slowed down are slow in both.
+    slow = dataclasses.replace(
+        runs[1],
+        record=dataclasses.replace(
+            runs[1].record, decode_seconds=1.6, draft_seconds=0.4, verify_seconds=0.8
+        ),
+    )
+    found = table([runs[0], slow], PLAIN, MTAD)[1]
+    assert found.predicted == pytest.approx(0.09 / 0.06)
+    assert found.measured_over_predicted == pytest.approx(0.75 / 0.9)
+
+
+def test_predictions_of_repeats_are_of_the_runs_that_both_have() -> None:
+    runs = [made(PLAIN, "a", 1.0, repeat=i, verify_seconds=s) for i, s in enumerate((0.8, 0.4))]
+    runs += [made(MTAD, "a", 0.5, repeat=0, tokens=30)]
+    found = table(runs, PLAIN, MTAD)[1]
+    assert found.predicted == pytest.approx(3 * 0.08 / 0.025)
+    assert found.measured_over_predicted == pytest.approx((30 / 0.5) / 10 / found.predicted)
+
+
+def test_predictions_of_passes_alone() -> None:
     tree = Setting("specinfer")
     runs = [made(PLAIN, "a", 1.0), made(MTAD, "a", 0.8, tokens=20)]
     runs += [made(tree, "a", 0.5, tokens=30), made(FLOAT32, "a")]
     plain_row, mtad_row, tree_row, foreign = table(runs, PLAIN, MTAD, tree, FLOAT32, costs=COSTS)
-    assert plain_row.predicted == pytest.approx(1.0)
+    assert plain_row.predicted_alone == pytest.approx(1.0)
     # Two tokens a pass; a verification of 5 rows, a first draft step and three of four beams.
-    assert mtad_row.predicted == pytest.approx(2 * 0.05 / (0.07 + 0.01 + 3 * 0.015))
-    assert mtad_row.measured_over_predicted == pytest.approx(2.5 / (0.1 / 0.125))
+    assert mtad_row.predicted_alone == pytest.approx(2 * 0.05 / (0.07 + 0.01 + 3 * 0.015))
     # The tree of 4 + 8 + 16 nodes below the pending token.
-    assert tree_row.predicted == pytest.approx(3 * 0.05 / (0.1 + 0.01 + 0.015 + 0.025))
-    assert foreign.predicted is None and foreign.measured_over_predicted is None
-    assert table(runs, MTAD)[0].predicted is None
+    assert tree_row.predicted_alone == pytest.approx(3 * 0.05 / (0.1 + 0.01 + 0.015 + 0.025))
+    assert foreign.predicted_alone is None
+    assert table(runs, MTAD)[0].predicted_alone is None
 
 
 def test_what_is_predicted_of_all_tokens_is_measured_of_all_tokens() -> None:
@@ -403,7 +438,7 @@ def test_what_is_predicted_of_all_tokens_is_measured_of_all_tokens() -> None:
     runs = [made(PLAIN, task, 1.0) for task in "abc"]
     runs += [made(MTAD, "a", 1.0), made(MTAD, "b", 1.0), made(MTAD, "c", 0.25, tokens=40)]
     runs[-1] = dataclasses.replace(runs[-1], timed_tokens=40)
-    found = table(runs, PLAIN, MTAD, costs=COSTS)[1]
+    found = table(runs, PLAIN, MTAD)[1]
     assert found.times_autoregressive is not None and found.times_autoregressive.value == 1.0
     assert found.predicted is not None and found.measured_over_predicted is not None
     slow, fast = runs[0].timed_tokens, 40
@@ -411,7 +446,7 @@ def test_what_is_predicted_of_all_tokens_is_measured_of_all_tokens() -> None:
     assert found.measured_over_predicted == pytest.approx(speedup / found.predicted)
 
 
-def test_a_length_that_adapts_is_predicted_by_its_mean_verification() -> None:
+def test_a_length_that_adapts_is_predicted_alone_by_its_mean_verification() -> None:
     adapts = Setting("mtad", "auto", 0.5)
     costs = dataclasses.replace(
         COSTS,
@@ -420,22 +455,21 @@ def test_a_length_that_adapts_is_predicted_by_its_mean_verification() -> None:
     runs = [made(PLAIN, "a", 1.0), made(adapts, "a", 0.8, tokens=20, target_positions=70)]
     found = table(runs, PLAIN, adapts, costs=costs)[1]
     # Seven rows: between γ 4 and γ 8, at 6 draft tokens.
-    assert found.predicted == pytest.approx(2 * 0.05 / (0.08 + 0.01 + 5 * 0.015))
-    assert found.measured_over_predicted == pytest.approx(2.5 / (0.1 / 0.165))
+    assert found.predicted_alone == pytest.approx(2 * 0.05 / (0.08 + 0.01 + 5 * 0.015))
     # Ten passes of seven rows and ten of thirteen are not twenty of ten: costs bend at nine rows.
     bent = dataclasses.replace(costs, target=costs.target | {17: 0.2})
     mixed = [*runs, made(PLAIN, "b", 1.0), made(adapts, "b", 0.8, tokens=20, target_positions=130)]
     iterations = (0.08 + 0.01 + 5 * 0.015, (0.09 + 0.2) / 2 + 0.01 + 11 * 0.015)
     found = table(mixed, PLAIN, adapts, costs=bent)[1]
-    assert found.predicted == pytest.approx(2 * 0.05 / (sum(iterations) / 2))
+    assert found.predicted_alone == pytest.approx(2 * 0.05 / (sum(iterations) / 2))
     short = [made(adapts, "a", target_positions=14)]  # now and then no draft at all
     (found,) = table(short, adapts, costs=costs)
-    assert found.predicted == pytest.approx(0.05 / (0.05 + 0.4 * 0.015))
+    assert found.predicted_alone == pytest.approx(0.05 / (0.05 + 0.4 * 0.015))
     assert passes_of([adapts], DecodeConfig()) == {
         ("draft", 4),
         *(("target", rows) for rows in (1, 2, 3, 5, 9, 17)),
     }
-    assert table(runs, adapts)[0].predicted is None
+    assert table(runs, adapts)[0].predicted_alone is None
 
 
 def test_the_passes_of_a_prediction() -> None:
@@ -860,6 +894,7 @@ def test_rows_take_turns_at_every_prompt_and_what_is_done_is_left_out() -> None:
     for group in groups:
         assert {job.setting for job in group} == set(settings)
         assert len({(job.repeat, job.task.id) for job in group}) == 1
+        assert group[0].setting == FLOAT32, "ours lie next to each other"
     assert len({tuple(job.setting for job in group) for group in groups}) > 1
     done = [made(MTAD, "b", repeat=2)]
     rest = systems.missing(TASKS, settings, 4, done, 0)

@@ -166,7 +166,8 @@ def test_the_json_file_holds_everything(talking: list[str], tmp_path: Path) -> N
     mtad = found["mtad"]
     assert (mtad["line"]["engine"], mtad["line"]["dtype"]) == ("eager", "float32")
     assert mtad["tokens"] == 60 and mtad["tokens_per_second"]["low"] > 0
-    assert mtad["predicted"] > 0 and mtad["measured_over_predicted"] > 0
+    assert mtad["predicted"] > 0 and 0 < mtad["measured_over_predicted"] < 2
+    assert mtad["predicted_alone"] > 0
     assert mtad["target_pass"]["share"] > 0 and mtad["draft_step"]["share"] > 0
     assert found["autoregressive"]["draft_step"] is None
     # The figures can be made again from the runs.
@@ -240,13 +241,14 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_runs(
     assert "Measuring" not in result.stderr
 
 
-def test_without_room_for_the_costs_there_is_no_prediction(talking: list[str]) -> None:
+def test_without_room_for_the_costs_there_is_no_prediction_by_them(talking: list[str]) -> None:
     options = ["--methods", "mtad_tree", "--num-draft-tokens", "64", "--beam-width", "8"]
     result = invoke(*talking, *options, "--limit", "1", "--transformers", "none")
     assert result.exit_code == 0, result.output
-    assert "Without a prediction: The context of this pair holds 512" in result.stderr
-    assert "There is no prediction." in result.stdout
-    assert "predicted × —: the costs were not measured." in result.stdout
+    why = "The context of this pair holds 512"
+    assert f"Without a prediction by passes alone: {why}" in result.stderr
+    assert "There is no prediction by passes alone." in result.stdout
+    assert "predicted × by passes alone —: the costs were not measured." in result.stdout
 
 
 def test_ctrl_c_prints_what_is_finished_and_the_same_command_goes_on(
@@ -364,7 +366,7 @@ def test_a_missing_figure_is_a_dash_and_never_a_zero() -> None:
     said = footer([absent], None, None)
     assert "transformers assisted generation (float32) —: no draft." in said
     assert "× autoregressive —: autoregressive has no finished run." in said
-    assert "predicted × —: the costs were not measured." in said
+    assert "predicted × by passes alone —: the costs were not measured." in said
     assert "limit —: the machine was not measured." in said
 
 

@@ -46,6 +46,11 @@ BASELINES = (*GENERATE, "assisted")
 _PLAIN = "autoregressive"
 
 
+def is_foreign(setting: Setting) -> bool:
+    """True for a row of transformers' own generation."""
+    return setting.method in (*GENERATE.values(), ASSISTED)
+
+
 @dataclass(frozen=True)
 class Line:
     """A row before it has figures.
@@ -65,7 +70,7 @@ class Line:
     @property
     def transformers(self) -> bool:
         """True for transformers' own generation."""
-        return self.setting.method in (*GENERATE.values(), ASSISTED)
+        return is_foreign(self.setting)
 
     @property
     def title(self) -> str:
@@ -96,9 +101,11 @@ class Row:
         draft_share: of the decode seconds, in the draft; None where nothing was drafted.
         verify_share: in the target.
         other_share: outside of both models.
-        predicted: how much faster than `autoregressive` by tokens a pass and measured costs.
+        predicted: how much faster than `autoregressive` by tokens a pass and what passes cost in
+            these runs.
         measured_over_predicted: the speed-up of all tokens together / `predicted`, whose tokens a
             pass are those of all together.
+        predicted_alone: as `predicted`, by what the same passes cost outside of any run.
         target_pass: the mean pass of the target against its limit.
         draft_step: the mean pass of the draft.
     """
@@ -120,6 +127,7 @@ class Row:
     other_share: float | None = None
     predicted: float | None = None
     measured_over_predicted: float | None = None
+    predicted_alone: float | None = None
     target_pass: Reached | None = None
     draft_step: Reached | None = None
 
@@ -146,7 +154,7 @@ def rows(
         lines: what there is to show. Runs of others, and of those that are absent, are left out.
         runs: finished.
         config: of all runs.
-        costs: of the passes, for the prediction.
+        costs: of the passes alone.
         machine: for the limits.
         targets: by row, what a pass of the target reads and computes.
         drafts: likewise of the draft.
@@ -177,13 +185,15 @@ def rows(
 
     def finish(row: Row) -> Row:
         setting, own = row.line.setting, found[row.line.setting]
-        expected = predict(quality[setting], config, costs, own)
+        # What transformers' passes cost says nothing of ours.
+        expected = None if row.line.transformers else _predict(own, plain)
         measured = _speedup(own, plain)
         shape, draft = (targets or {}).get(setting), (drafts or {}).get(setting)
         return dataclasses.replace(
             row,
             predicted=expected,
             measured_over_predicted=measured / expected if measured and expected else None,
+            predicted_alone=_predict_alone(quality[setting], config, costs, own),
             target_pass=_target_pass(own, shape, machine, row.line.dtype),
             draft_step=_draft_step(own, draft, machine, row.line.dtype, config),
         )
@@ -201,6 +211,23 @@ def _speedup(own: Runs, plain: Runs) -> float | None:
 
     fast, slow = rate(own), rate(plain)
     return fast / slow if fast and slow else None
+
+
+def _predict(own: Runs, plain: Runs) -> float | None:
+    """Tokens a pass × the cost of a one-token pass / the cost of verification and drafting.
+
+    All as they were in the runs, of which the clock and its rivals for memory are then the same.
+    """
+    both = own.keys() & plain.keys()
+
+    def seconds(runs: Runs) -> float:
+        records = [runs[key].record for key in both]
+        return math.fsum(one.verify_seconds + one.draft_seconds for one in records)
+
+    one_token = ratio(seconds(plain), sum(plain[key].timed_passes for key in both))
+    # Passes of its own would cancel: tokens a pass over seconds a pass.
+    rate = ratio(sum(own[key].timed_tokens for key in both), seconds(own))
+    return None if one_token is None or rate is None else rate * one_token
 
 
 def pool(own: Runs) -> list[Record]:
@@ -330,7 +357,7 @@ def _trees(config: DecodeConfig) -> Sequence[tuple[int, ...]]:
 
 
 def passes_of(settings: Sequence[Setting], config: DecodeConfig) -> set[Pass]:
-    """The passes whose costs the predictions are made of."""
+    """The passes that these settings are made of."""
     fixed = [one for setting in settings for one in fixed_lengths(setting)]
     found = needed_passes(fixed, config.width)
     if any(setting.method == "specinfer" for setting in settings):
@@ -354,10 +381,10 @@ def mean_rows(own: Runs) -> float | None:
     return ratio(positions, sum(record.target_passes for record in records))
 
 
-def predict(
+def _predict_alone(
     quality: acceptance.Row, config: DecodeConfig, costs: Costs | None, own: Runs
 ) -> float | None:
-    """Tokens a pass × the cost of a one-token pass / the cost of verification and drafting.
+    """The same by costs that were measured outside of any run.
 
     With γ or the tree "auto" the iterations of a run cost what its mean verification does. None
     where iterations differ in what they draft in another way (W "auto"), and for transformers.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import operator
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from mtad.acceptance.order import jobs, task_seed
 from mtad.acceptance.records import Setting, Task, grid
 from mtad.acceptance.sweep import WARM_UP_TOKENS
 from mtad.bench.baselines import ENGINE, Transformers, in_dtype
-from mtad.bench.measures import ASSISTED, GENERATE, Line
+from mtad.bench.measures import ASSISTED, GENERATE, Line, is_foreign
 from mtad.bench.records import Run
 from mtad.bench.roofline import Shape
 from mtad.bench.shapes import draft_shape, target_shape
@@ -189,12 +191,18 @@ def missing(
     done: Sequence[Run],
     seed: int,
 ) -> list[Job]:
-    """What is still to be run, in order: in every repeat all rows of a prompt, shuffled."""
+    """What is still to be run, in order: in every repeat all rows of a prompt, shuffled.
+
+    Those of transformers come first, so that rows of the same engine, which are what is compared
+    most closely, lie within seconds of each other.
+    """
     order = []
     for repeat in range(repeats):
         finished = [run.record for run in done if run.repeat == repeat]
         todo = jobs(tasks, settings, finished, seed + repeat)
-        order += [Job(repeat, task, setting) for task, setting in todo]
+        for task, group in itertools.groupby(todo, key=operator.itemgetter(0)):
+            turns = sorted((one for _, one in group), key=lambda one: not is_foreign(one))
+            order += [Job(repeat, task, turn) for turn in turns]
     return order
 
 
