@@ -18,7 +18,8 @@ from rich.console import Console
 
 from mtad.acceptance.measures import Costs
 from mtad.acceptance.records import Setting, Task, locked
-from mtad.bench.measures import BASELINES, Line, Row, passes_of, rows, without
+from mtad.bench.measures import BASELINES, Line, Row, rows, without
+from mtad.bench.predictions import passes_of
 from mtad.bench.records import Run, RunFile, matching, plain
 from mtad.bench.roofline import Machine, Shape
 from mtad.cli_bench_table import footer, tables

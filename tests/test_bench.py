@@ -31,11 +31,10 @@ from mtad.bench.measures import (
     Line,
     Row,
     draft_rows,
-    passes_of,
     rows,
-    tree_passes,
     without,
 )
+from mtad.bench.predictions import passes_of, tree_passes
 from mtad.bench.records import Run, RunFile, matching, plain
 from mtad.bench.roofline import Machine, Shape, pass_bytes, pass_operations, reached
 from mtad.bench.shapes import draft_shape, shape_of, target_shape

@@ -21,21 +21,17 @@ from mtad.acceptance.measures import (
     RESAMPLES,
     Costs,
     Estimate,
-    Pass,
     Statistic,
     estimate,
     iteration_passes,
-    needed_passes,
     ratio,
 )
 from mtad.acceptance.records import Record, Setting
-from mtad.bench.records import Run
+from mtad.bench.predictions import mean_rows, predict_alone
+from mtad.bench.records import Run, Runs
 from mtad.bench.roofline import Machine, Reached, Shape, reached
 from mtad.config import DecodeConfig
-from mtad.pace import AUTO_TREES, MAX_AUTO_DRAFT_TOKENS
 from mtad.trace import EnergyReading
-
-AUTO_LENGTHS = (1, 2, 4, 8, MAX_AUTO_DRAFT_TOKENS)
 
 MIN_PROMPTS = 5
 """From fewer prompts there is no interval: its percentiles would be those of single prompts."""
@@ -132,10 +128,6 @@ class Row:
     draft_step: Reached | None = None
 
 
-# By prompt and repeat
-Runs = Mapping[tuple[str, int], Run]
-
-
 def rows(
     lines: Sequence[Line],
     runs: Sequence[Run],
@@ -186,14 +178,14 @@ def rows(
     def finish(row: Row) -> Row:
         setting, own = row.line.setting, found[row.line.setting]
         # What transformers' passes cost says nothing of ours.
-        expected = None if row.line.transformers else _predict(own, plain)
-        measured = _speedup(own, plain)
+        expected = None if row.line.transformers else _speedup(own, plain, _in_passes)
+        measured = _speedup(own, plain, operator.attrgetter("decode_seconds"))
         shape, draft = (targets or {}).get(setting), (drafts or {}).get(setting)
         return dataclasses.replace(
             row,
             predicted=expected,
             measured_over_predicted=measured / expected if measured and expected else None,
-            predicted_alone=_predict_alone(quality[setting], config, costs, own),
+            predicted_alone=predict_alone(quality[setting], config, costs, own),
             target_pass=_target_pass(own, shape, machine, row.line.dtype),
             draft_step=_draft_step(own, draft, machine, row.line.dtype, config),
         )
@@ -201,33 +193,24 @@ def rows(
     return [finish(row_of(line)) if line in shown else Row(line) for line in lines]
 
 
-def _speedup(own: Runs, plain: Runs) -> float | None:
-    """Tokens a second over those of `plain`, each of all tokens together, where both have run."""
+def _speedup(own: Runs, plain: Runs, spent: Callable[[Record], float]) -> float | None:
+    """Tokens a second over those of `plain`, each of all tokens together, where both have run.
+
+    By the seconds of both models it is what is predicted, tokens/pass × the cost of a one-token
+    pass / the cost of verification and drafting, since a pass of `plain` emits one token.
+    """
     both = own.keys() & plain.keys()
 
     def rate(runs: Runs) -> float | None:
-        seconds = math.fsum(runs[key].record.decode_seconds for key in both)
+        seconds = math.fsum(spent(runs[key].record) for key in both)
         return ratio(sum(runs[key].timed_tokens for key in both), seconds)
 
     fast, slow = rate(own), rate(plain)
     return fast / slow if fast and slow else None
 
 
-def _predict(own: Runs, plain: Runs) -> float | None:
-    """Tokens a pass × the cost of a one-token pass / the cost of verification and drafting.
-
-    All as they were in the runs, of which the clock and its rivals for memory are then the same.
-    """
-    both = own.keys() & plain.keys()
-
-    def seconds(runs: Runs) -> float:
-        records = [runs[key].record for key in both]
-        return math.fsum(one.verify_seconds + one.draft_seconds for one in records)
-
-    one_token = ratio(seconds(plain), sum(plain[key].timed_passes for key in both))
-    # Passes of its own would cancel: tokens a pass over seconds a pass.
-    rate = ratio(sum(own[key].timed_tokens for key in both), seconds(own))
-    return None if one_token is None or rate is None else rate * one_token
+def _in_passes(record: Record) -> float:
+    return record.verify_seconds + record.draft_seconds
 
 
 def pool(own: Runs) -> list[Record]:
@@ -338,123 +321,6 @@ def _timed(
         # Spans may be device times, which can exceed the wall clock by its own error.
         other_share=ratio(max(0.0, seconds - drafting - verifying), seconds),
     )
-
-
-def tree_passes(tree: Sequence[int], beam_width: int) -> tuple[Pass, list[Pass]]:
-    """The target's pass over a tree of `specinfer`, and the later draft steps.
-
-    A line is verified as a block. A tree that does not divide into W branches, as measured trees
-    do, costs what a block of as many rows does.
-    """
-    levels = list(itertools.accumulate(tree, operator.mul))
-    kind = "target" if max(tree) == 1 or sum(levels) % beam_width else "tree"
-    return (kind, 1 + sum(levels)), [("draft", rows) for rows in levels[:-1]]
-
-
-def _trees(config: DecodeConfig) -> Sequence[tuple[int, ...]]:
-    """Those that `specinfer` may draw."""
-    return AUTO_TREES if config.k_config == "auto" else [config.k_config]
-
-
-def passes_of(settings: Sequence[Setting], config: DecodeConfig) -> set[Pass]:
-    """The passes that these settings are made of."""
-    fixed = [one for setting in settings for one in fixed_lengths(setting)]
-    found = needed_passes(fixed, config.width)
-    if any(setting.method == "specinfer" for setting in settings):
-        for tree in _trees(config):
-            verification, drafting = tree_passes(tree, config.width)
-            found |= {verification, *drafting}
-    return found
-
-
-def fixed_lengths(setting: Setting) -> list[Setting]:
-    """The setting itself; with γ "auto" the lengths whose costs stand for all."""
-    if setting.num_draft_tokens != "auto":
-        return [setting]
-    return [dataclasses.replace(setting, num_draft_tokens=length) for length in AUTO_LENGTHS]
-
-
-def mean_rows(own: Runs) -> float | None:
-    """Mean rows of a verification."""
-    records = [run.record for run in own.values()]
-    positions = sum(record.target_positions for record in records)
-    return ratio(positions, sum(record.target_passes for record in records))
-
-
-def _predict_alone(
-    quality: acceptance.Row, config: DecodeConfig, costs: Costs | None, own: Runs
-) -> float | None:
-    """The same by costs that were measured outside of any run.
-
-    With γ or the tree "auto" the iterations of a run cost what its mean verification does. None
-    where iterations differ in what they draft in another way (W "auto"), and for transformers.
-
-    Args:
-        quality: the row.
-        config: of the runs.
-        costs: measured.
-        own: the runs.
-    """
-    setting = quality.setting
-    if config.beam_width == "auto" and setting.method in ("mtad", "mtad_tree"):
-        return None
-    if quality.score is not None or costs is None or quality.block_efficiency is None:
-        return quality.score
-    if setting.method == "specinfer":
-        found = [_tree_point(tree, config, costs) for tree in _trees(config)]
-    elif setting.num_draft_tokens == "auto":
-        found = [_point(one, config, costs) for one in fixed_lengths(setting)]
-    else:
-        return None
-    one_token = costs.target[1]
-    points = [point for point in found if point is not None]
-    if len(points) < len(found):
-        return None
-    seconds: float | None = points[0][1]
-    if len(points) > 1:
-        seconds = _mean_iteration(sorted([(1.0, one_token), *points]), own)
-    if not seconds:
-        return None
-    return quality.block_efficiency.value * one_token / seconds
-
-
-def _point(setting: Setting, config: DecodeConfig, costs: Costs) -> tuple[float, float] | None:
-    """Rows of the verification, and seconds of an iteration."""
-    passes = iteration_passes(setting, config.width)
-    seconds = costs.pass_seconds(setting, config.width)
-    return None if passes is None or seconds is None else (float(passes[0][1]), seconds)
-
-
-def _tree_point(
-    tree: Sequence[int], config: DecodeConfig, costs: Costs
-) -> tuple[float, float] | None:
-    """The same of an iteration of `specinfer`."""
-    (kind, rows), later = tree_passes(tree, config.width)
-    verifying = (costs.tree if kind == "tree" else costs.target).get(rows)
-    steps = [costs.draft.get(width) for _, width in later]
-    seconds = [verifying, costs.draft_first, *steps]
-    known = [one for one in seconds if one is not None]
-    return (float(rows), math.fsum(known)) if len(known) == len(seconds) else None
-
-
-def _mean_iteration(points: Sequence[tuple[float, float]], own: Runs) -> float | None:
-    """Seconds of an iteration: rows grow dear, so that their mean over all runs would not do."""
-    total, passes = 0.0, 0
-    for key, run in own.items():
-        seconds = _between(points, mean_rows({key: run}))
-        if seconds is None:
-            return None
-        total += run.record.target_passes * seconds
-        passes += run.record.target_passes
-    return ratio(total, passes)
-
-
-def _between(points: Sequence[tuple[float, float]], rows: float | None) -> float | None:
-    """Between two points that were measured the cost of an iteration is a straight line."""
-    for (left, low), (right, high) in zip(points, points[1:], strict=False):
-        if rows is not None and rows <= right:
-            return low + (high - low) * (rows - left) / (right - left)
-    return None
 
 
 def draft_rows(setting: Setting, config: DecodeConfig) -> float | None:

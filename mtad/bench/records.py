@@ -75,6 +75,10 @@ class Run:
         )
 
 
+# By prompt and repeat
+Runs = Mapping[tuple[str, int], Run]
+
+
 class RunFile(RecordFile):
     """Runs on disk, as `RecordFile` has records: whole once `add` has returned."""
 
