@@ -45,6 +45,7 @@ from mtad.cli_table import Run, markdown, notes, rich_table, rows
 from mtad.config import MAX_SEED, DecodeConfig
 from mtad.errors import Cancelled, MtadError
 from mtad.terminal import clean, console, number
+from mtad.text import check_content
 from mtad.trace import Trace
 
 MAX_REPEATS = 1000
@@ -108,7 +109,10 @@ def compare(
     check_repeats(repeats)
     if (prompt is None) == (prompts is None):
         raise UsageError("Give either one PROMPT or --prompts FILE.")
-    asked = read_prompts(prompts) if prompts is not None else [Prompt("prompt", str(prompt))]
+    if prompts is not None:
+        asked = read_prompts(prompts)
+    else:
+        asked = [Prompt("prompt", check_content(prompt, "The prompt"))]
     requests = {one.id: one.request(raw=raw) for one in asked}
     one_file = json_path is not None and json_path.suffix == ".jsonl"
     check_separate({"--prompts": prompts, "--json": json_path})

@@ -26,6 +26,7 @@ from mtad.cli_progress import loading
 from mtad.config import DecodeConfig
 from mtad.errors import ConfigError
 from mtad.terminal import clean, console, header_lines, legend, step_text, summary_lines
+from mtad.text import check_content
 from mtad.trace import Step, Trace
 
 PairOption = Annotated[str, typer.Option("--pair", help="Models; see `mtad pairs`.")]
@@ -91,7 +92,8 @@ def generate(
     if json_file is not None:
         check_separate({"--prompt-file": prompt_file, "--json": json_file})
         check_writable(json_file)
-    asked = as_prompt(read_prompt(prompt, prompt_file), system=system, raw=raw)
+    text = check_content(read_prompt(prompt, prompt_file), "The prompt")
+    asked = as_prompt(text, system=system, raw=raw)
 
     from mtad.runner import READER_SECONDS, stream
 
@@ -163,9 +165,11 @@ def load(
     engine: str | None = None,
 ) -> Any:
     """The pair, loaded with a bar on stderr; with the draft of a folder, if one is given."""
-    from mtad.draft_files import load_draft
+    from mtad.draft_files import load_draft, read_draft
     from mtad.pairs import load_pair
 
+    if draft is not None:
+        read_draft(draft)  # what is no draft is refused before a model is loaded
     with loading(sys.stderr) as progress:
         models = load_pair(pair, device=device, dtype=dtype, engine=engine, progress=progress)
     if draft is None:

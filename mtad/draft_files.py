@@ -91,22 +91,11 @@ def is_draft(file: Path) -> bool:
         return False
 
 
-def load_draft(
-    folder: str | Path,
-    target: PreTrainedModel,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> HiddenDraft:
-    """Reads what `save_draft` wrote.
-
-    Args:
-        folder: that holds draft.safetensors.
-        target: the model that the draft is to work for.
-        device: where the draft goes; None for the target's.
-        dtype: of its weights, once unpacked; None for the target's.
+def read_draft(folder: str | Path) -> HiddenDraft:
+    """Reads what `save_draft` wrote, in float32 on the CPU, whatever target it is for.
 
     Raises:
-        PairError: no such file, not a draft, or a draft for a target of other sizes.
+        PairError: no such file, or not a draft.
     """
     file = Path(folder) / FILE_NAME
     try:
@@ -119,7 +108,7 @@ def load_draft(
                 )
             names = opened.keys()
             tensors = {name: opened.get_tensor(name) for name in names}
-        draft = _build(metadata[_FORMAT], tensors)
+        return _build(metadata[_FORMAT], tensors)
     except FileNotFoundError:
         raise PairError(
             f"There is no {FILE_NAME} in {folder}. Make one with: python -m mtad distill"
@@ -129,13 +118,33 @@ def load_draft(
             f"{file} cannot be read as a draft: {type(error).__name__}:"
             f" {str(error)[:200].rstrip('.')}. Copy or make it again."
         ) from error
+
+
+def load_draft(
+    folder: str | Path,
+    target: PreTrainedModel,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> HiddenDraft:
+    """Reads what `save_draft` wrote, ready to draft for a target.
+
+    Args:
+        folder: that holds draft.safetensors.
+        target: the model that the draft is to work for.
+        device: where the draft goes; None for the target's.
+        dtype: of its weights, once unpacked; None for the target's.
+
+    Raises:
+        PairError: no such file, not a draft, or a draft for a target of other sizes.
+    """
+    draft = read_draft(folder)
     check_draft(draft, target)
     draft.to(device or target.device, dtype or target.dtype)
     for name, weight in draft.named_parameters():
         if not bool(weight.isfinite().all()):  # finite numbers may unpack to one that is too large
             raise PairError(
-                f"{file} cannot be read as a draft: {name} has values that are not finite in"
-                f" {str(weight.dtype).removeprefix('torch.')}. Copy or make it again."
+                f"{Path(folder) / FILE_NAME} cannot be read as a draft: {name} has values that are"
+                f" not finite in {str(weight.dtype).removeprefix('torch.')}. Copy or make it again."
             )
     return draft.requires_grad_(False).eval()
 

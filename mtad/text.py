@@ -59,10 +59,10 @@ def encode_prompt(
     if tokenizer is None:
         raise PromptError(f"{names[0]} needs a tokenizer, and this pair has none. Use prompt_ids.")
     if raw_prompt is not None:
-        _check_content(raw_prompt, "raw_prompt")
+        check_content(raw_prompt, "raw_prompt")
         return _some_ids(tokenizer(raw_prompt)["input_ids"])
     if prompt is not None:
-        _check_content(prompt, "The prompt")
+        check_content(prompt, "The prompt")
         messages = [{"role": "user", "content": prompt}]
     turns = _checked_turns(messages or [])
     if not getattr(tokenizer, "chat_template", None):
@@ -91,7 +91,12 @@ def _check_text(text: object, name: str) -> str:
     return text
 
 
-def _check_content(text: object, name: str) -> str:
+def check_content(text: object, name: str) -> str:
+    """A prompt's text, if it is one.
+
+    Raises:
+        PromptError: it is no text, or holds no word.
+    """
     content = _check_text(text, name)
     if not content.strip():
         raise PromptError(f"{name} is empty. Write at least one word.")
@@ -110,7 +115,7 @@ def _checked_turns(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]
             raise PromptError(
                 f"messages[{index}] has role {role!r}, but must have one of: {', '.join(_ROLES)}."
             )
-        check = _check_text if role == "system" else _check_content  # a system turn may be empty
+        check = _check_text if role == "system" else check_content  # a system turn may be empty
         content = message.get("content")
         content = check("" if content is None else content, f"messages[{index}]")
         turns.append({"role": role, "content": content})
