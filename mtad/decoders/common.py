@@ -343,7 +343,7 @@ class State:
         check_finite("target", host["alternative_logprobs"] + host["target_logprobs"])
         check_finite("draft", host["draft_logprobs"] + host["reference_logprobs"])
         accepted, emitted = self._read_path(host)
-        self._advance(proposal, found.path, accepted, found.final_token)
+        self._advance(proposal, found.rows, accepted, found.final_token)
         if self.pace is not None and (depth := max(offered_depths(host, self.eos_ids), default=0)):
             self.pace.observe(accepted, depth)
             self.follow_pace()
@@ -386,19 +386,16 @@ class State:
         return accepted, (*emitted, int(host["final_token"][0]))
 
     def _advance(
-        self, proposal: Proposal, path: Tensor | None, accepted: int, final_token: Tensor
+        self, proposal: Proposal, rows: Tensor | None, accepted: int, final_token: Tensor
     ) -> None:
         """Commits the accepted path in both caches and sets what is pending in each."""
-        if path is None:
+        if rows is None:
             # A path along a chain is its begin.
             self.target.keep(1 + accepted)
-            tokens = proposal.token_ids[:accepted]
             hidden = None if self.hidden is None else self.hidden[: 1 + accepted]
         else:
-            accepted_path = path[:accepted]
-            rows = torch.cat([path.new_zeros(1), accepted_path + 1])
+            rows = rows[: 1 + accepted]
             self.target.keep(rows)
-            tokens = proposal.token_ids.index_select(0, accepted_path)
             hidden = None if self.hidden is None else self.hidden.index_select(0, rows)
         self.pending = final_token.view(1)
         if self.draft is None:
@@ -409,9 +406,9 @@ class State:
             return
         waiting = self.draft_pending.shape[0]
         cached = min(accepted, proposal.cached_depth)
-        if path is not None:
-            fed = torch.arange(waiting, device=path.device)
-            self.draft.keep(torch.cat([fed, waiting + accepted_path[:cached]]), hidden)
+        if rows is not None and cached:
+            fed = torch.arange(waiting, device=rows.device)
+            self.draft.keep(torch.cat([fed, rows[1 : 1 + cached] + (waiting - 1)]), hidden)
         elif proposal.draft_path is not None:
             self.draft.keep(proposal.draft_path[: waiting + cached], hidden)
         else:
@@ -419,7 +416,9 @@ class State:
         # After a whole block the draft is one token short: it never read the last one.
         self.draft_pending = self.pending
         if accepted > cached:
-            self.draft_pending = torch.cat([tokens[cached:], self.pending])
+            tokens = proposal.token_ids
+            unread = tokens[cached:accepted] if rows is None else tokens[rows[1 + cached :] - 1]
+            self.draft_pending = torch.cat([unread, self.pending])
 
 
 def _for_rules(config: DecodeConfig) -> DecodeConfig:
@@ -445,14 +444,15 @@ class _Findings:
     """All that is read back of a pass, on the device.
 
     Attributes:
-        path: of the verdict.
+        rows: [1 + D] those of the pass along the path, the pending token's first; as many mean
+            something as are accepted, and that one. None along a chain.
         final_token: of the verdict.
         corrects: of the verdict.
         alternatives: how many are recorded at each position.
         packed: see `pack`.
     """
 
-    path: Tensor | None
+    rows: Tensor | None
     final_token: Tensor
     corrects: bool
     alternatives: int
@@ -492,4 +492,4 @@ def _find(
         thresholds=verdict.thresholds,
     )
     count = alternative_ids.shape[-1]
-    return _Findings(path, final_token, verdict.corrects, count, packed)
+    return _Findings(rows, final_token, verdict.corrects, count, packed)
