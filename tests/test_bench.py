@@ -188,14 +188,24 @@ def test_rates_are_bytes_and_operations_over_seconds(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(machine._Best, "__call__", lambda self, call, rounds=0: 0.5)
     found = measure_machine(CPU, ["float32"], buffer_bytes=2**20, largest_product=512)
     assert found.read_bytes_per_second == found.copy_bytes_per_second == 2**21
-    # Half a second is long enough for the smallest product.
-    assert found.operations_per_second == {"float32": 2 * 256**3 / 0.5}
+    assert found.operations_per_second == {"float32": 2 * 512**3 / 0.5}
 
 
 def test_products_grow_until_they_last_long_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine._Best, "__call__", lambda self, call, rounds=0: 1e-4)
     found = measure_machine(CPU, ["float32"], buffer_bytes=2**20, largest_product=600)
     assert found.operations_per_second["float32"] == pytest.approx(2 * 600**3 / 1e-4)
+
+
+def test_a_product_that_was_held_up_does_not_end_the_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bandwidths, products = [0.5] * 3, [0.5, 3e-3, 24e-3]  # of 256, 512 and 1,024
+    seconds = iter(bandwidths + products)
+    monkeypatch.setattr(machine._Best, "__call__", lambda self, call, rounds=0: next(seconds))
+    found = measure_machine(CPU, ["float32"], buffer_bytes=2**20)
+    assert found.operations_per_second["float32"] == pytest.approx(2 * 512**3 / 3e-3)
+    assert next(seconds, None) is None
 
 
 def test_the_measurement_of_the_machine_can_be_stopped() -> None:
@@ -350,6 +360,13 @@ def test_shares_of_the_decode_time_add_up_to_one() -> None:
     # Device times beyond the wall clock; and who drafts nothing has no share of 0.
     found = table([made(PLAIN, "a", 4.0, verify_seconds=4.1)], PLAIN)[0]
     assert found.other_share == 0.0 and found.draft_share is None
+    # Without a draft pass a draft may still have read what was emitted.
+    found = table([made(MTAD, "a", 4.0, draft_seconds=1.0, verify_seconds=2.0)], MTAD)[0]
+    assert (found.draft_share, found.verify_share, found.other_share) == (0.25, 0.5, 0.25)
+    # Of an answer of one pass the clock saw no pass.
+    once = dataclasses.replace(made(FLOAT32, "a", timed=0), timed_passes=0)
+    found = table([once], FLOAT32)[0]
+    assert (found.draft_share, found.verify_share, found.other_share) == (None, None, None)
 
 
 def test_joules_count_only_if_every_run_was_measured() -> None:
@@ -420,8 +437,8 @@ def test_predictions_of_repeats_are_of_the_runs_that_both_have() -> None:
 
 def test_predictions_of_passes_alone() -> None:
     tree = Setting("specinfer")
-    runs = [made(PLAIN, "a", 1.0), made(MTAD, "a", 0.8, tokens=20)]
-    runs += [made(tree, "a", 0.5, tokens=30), made(FLOAT32, "a")]
+    runs = [made(PLAIN, "a", 1.0), made(MTAD, "a", 0.8, tokens=20, target_positions=50)]
+    runs += [made(tree, "a", 0.5, tokens=30, target_positions=290), made(FLOAT32, "a")]
     plain_row, mtad_row, tree_row, foreign = table(runs, PLAIN, MTAD, tree, FLOAT32, costs=COSTS)
     assert plain_row.predicted_alone == pytest.approx(1.0)
     # Two tokens a pass; a verification of 5 rows, a first draft step and three of four beams.
@@ -429,6 +446,11 @@ def test_predictions_of_passes_alone() -> None:
     # The tree of 4 + 8 + 16 nodes below the pending token.
     assert tree_row.predicted_alone == pytest.approx(3 * 0.05 / (0.1 + 0.01 + 0.015 + 0.025))
     assert foreign.predicted_alone is None
+    # The end of an answer cuts blocks: eight of five rows, one of three and one of one.
+    short = made(MTAD, "a", 0.8, tokens=20, target_positions=44)
+    found = table([short], MTAD, costs=COSTS)[0]
+    whole = 0.07 + 0.01 + 3 * 0.015
+    assert found.predicted_alone == pytest.approx(2 * 0.05 / (0.05 + (whole - 0.05) * 3.4 / 4))
     assert table(runs, MTAD)[0].predicted_alone is None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import platform
 import re
 import shutil
@@ -607,3 +608,24 @@ def test_a_compiler_that_fails_is_named_and_leaves_no_file(
     with pytest.raises(PairError, match="could not be compiled with .*false.*choose another"):
         library.load.__wrapped__()
     assert not list((tmp_path / "kernels").iterdir())
+
+
+def test_damaged_kernels_are_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    if library.unavailable_reason() is not None:
+        pytest.skip("no C compiler on this machine")
+    monkeypatch.setenv("MTAD_HOME", str(tmp_path))
+    kernels = tmp_path / "kernels"
+    abandoned = kernels / "build-killed"
+    abandoned.mkdir(parents=True)
+    (abandoned / "kernels.so").write_bytes(b"half")
+    os.utime(abandoned, (0, 0))
+    first = library.load.__wrapped__().mtad_kernels()
+    (file,) = kernels.iterdir()
+    whole, made = file.read_bytes(), file.stat().st_mtime_ns
+    library.load.__wrapped__()
+    assert file.stat().st_mtime_ns == made  # it is taken as it is
+    for damaged in (b"", whole[:60_000], bytes([whole[0] ^ 1]) + whole[1:]):
+        file.unlink()  # the process has the old one mapped
+        file.write_bytes(damaged)
+        assert library.load.__wrapped__().mtad_kernels() == first
+        assert [one.read_bytes() for one in kernels.iterdir()] == [whole]

@@ -172,10 +172,12 @@ def _matrix_rate(best: _Best, dtype: torch.dtype, largest: int) -> float:
     """Operations a second of the largest square product that is tried."""
     size, fastest_rate = min(_MIN_PRODUCT, largest), 0.0
     while True:
+        before = fastest_rate
         # A GPU multiplies numbers that are all alike with less power, and so faster.
         one = torch.randn(size, size, device=best.device, dtype=dtype)
         seconds = best(lambda matrix=one: matrix @ matrix, rounds=3)  # type: ignore[misc]
         fastest_rate = max(fastest_rate, 2 * size**3 / seconds)
-        if seconds >= _PRODUCT_SECONDS or size >= largest:
+        # A product that others held up is slow too; the next one says whether it was that.
+        if size >= largest or (seconds >= _PRODUCT_SECONDS and fastest_rate < 1.5 * before):
             return fastest_rate
         size = min(2 * size, largest)

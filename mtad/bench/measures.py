@@ -95,7 +95,7 @@ class Row:
         distinct_4: distinct 4-grams / 4-grams, counted within each answer.
         repeated_4gram_share: share of 4-grams that had occurred before in their answer.
         draft_share: of the decode seconds, in the draft; None where nothing was drafted.
-        verify_share: in the target.
+        verify_share: in the target; like the others None where the clock saw no pass.
         other_share: outside of both models.
         predicted: how much faster than `autoregressive` by tokens a pass and what passes cost in
             these runs.
@@ -299,6 +299,8 @@ def _timed(
     unmeasured = [run for run in runs if run.energy.joules is None]
     joules = None if unmeasured else math.fsum(run.energy.joules or 0.0 for run in runs)
     count = quality.prompts
+    drafts = drafting > 0.0 or any(run.record.draft_passes for run in runs)
+    timed = any(run.timed_passes for run in runs)
     return Row(
         line=line,
         prompts=count,
@@ -314,12 +316,10 @@ def _timed(
         perplexity=enough(quality.perplexity, count),
         distinct_4=quality.distinct_4,
         repeated_4gram_share=quality.repeated_4gram_share,
-        draft_share=(
-            ratio(drafting, seconds) if any(run.record.draft_passes for run in runs) else None
-        ),
-        verify_share=ratio(verifying, seconds),
+        draft_share=ratio(drafting, seconds) if drafts and timed else None,
+        verify_share=ratio(verifying, seconds) if timed else None,
         # Spans may be device times, which can exceed the wall clock by its own error.
-        other_share=ratio(max(0.0, seconds - drafting - verifying), seconds),
+        other_share=ratio(max(0.0, seconds - drafting - verifying), seconds) if timed else None,
     )
 
 

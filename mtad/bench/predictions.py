@@ -64,8 +64,9 @@ def predict_alone(
 ) -> float | None:
     """Tokens a pass × the cost of a one-token pass / the cost of verification and drafting.
 
-    With γ or the tree "auto" the iterations of a run cost what its mean verification does. None
-    where iterations differ in what they draft in another way (W "auto"), and for transformers.
+    The iterations of a run cost what its mean verification does: "auto" changes their shape, and
+    the end of an answer cuts it. None where they differ in what they draft in another way (W
+    "auto"), and for transformers.
 
     Args:
         quality: the row.
@@ -74,23 +75,21 @@ def predict_alone(
         own: the runs.
     """
     setting = quality.setting
+    if costs is None or quality.block_efficiency is None:
+        return None
+    if setting.method == "autoregressive":
+        return quality.score
     if config.beam_width == "auto" and setting.method in ("mtad", "mtad_tree"):
         return None
-    if quality.score is not None or costs is None or quality.block_efficiency is None:
-        return quality.score
     if setting.method == "specinfer":
         found = [_tree_point(tree, config, costs) for tree in _trees(config)]
-    elif setting.num_draft_tokens == "auto":
-        found = [_point(one, config, costs) for one in fixed_lengths(setting)]
     else:
-        return None
-    one_token = costs.target[1]
+        found = [_point(one, config, costs) for one in fixed_lengths(setting)]
     points = [point for point in found if point is not None]
     if len(points) < len(found):
         return None
-    seconds: float | None = points[0][1]
-    if len(points) > 1:
-        seconds = _mean_iteration(sorted([(1.0, one_token), *points]), own)
+    one_token = costs.target[1]
+    seconds = _mean_iteration(sorted([(1.0, one_token), *points]), own)
     if not seconds:
         return None
     return quality.block_efficiency.value * one_token / seconds

@@ -1,12 +1,14 @@
 """Compiles the kernels for this machine, and loads them.
 
 Compiling takes seconds and happens once: the library is kept in the cache folder under a name
-that changes with the source, the compiler, its flags and the processor. A machine without a C
-compiler has no native engine, and `unavailable_reason` says so.
+that changes with the source, the compiler, its flags and the processor, and that holds its
+checksum, so that a damaged one is made again and not loaded. A machine without a C compiler has no
+native engine, and `unavailable_reason` says so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -15,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +31,7 @@ SOURCE = Path(__file__).with_name("kernels.c")
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fno-math-errno", "-fno-trapping-math")
 _NATIVE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
 _COMPILE_SECONDS = 120
+_BUILD = "build-"
 
 
 @functools.cache
@@ -48,13 +52,18 @@ def load(flags: tuple[str, ...] | None = None) -> ctypes.CDLL:
         )
     failures = []
     for chosen in _NATIVE_FLAGS if flags is None else (flags,):
-        file = _library_file(compiler, chosen)
+        key, folder = _key(compiler, chosen), cache_root() / "kernels"
         try:
-            if file.exists() or _writable(file.parent):
-                return declare(_loaded(compiler, chosen, file))
+            file = _cached(folder, key)
+            if file is None and _writable(folder):
+                _sweep(folder)
+                file = _compile(compiler, chosen, folder, key)
+            if file is not None:
+                return declare(ctypes.CDLL(str(file)))
             # A cache that came with an image may be read-only: compile for this process alone.
-            with tempfile.TemporaryDirectory(prefix="mtad-kernels-") as folder:
-                return declare(_loaded(compiler, chosen, Path(folder) / file.name))
+            with tempfile.TemporaryDirectory(prefix="mtad-kernels-") as own:
+                file = _compile(compiler, chosen, Path(own), key)
+                return declare(ctypes.CDLL(str(file)))
         except (OSError, subprocess.SubprocessError) as error:
             output = getattr(error, "stderr", None) or str(error)
             failures.append(str(output).strip().splitlines()[-1][:200] if output else "?")
@@ -85,12 +94,23 @@ def _compiler() -> str | None:
     return next((path for name in candidates if (path := shutil.which(name))), None)
 
 
-def _library_file(compiler: str, flags: Sequence[str]) -> Path:
+def _key(compiler: str, flags: Sequence[str]) -> str:
+    """What a library's name begins with; it changes with all that a library depends on."""
     digest = hashlib.sha256(SOURCE.read_bytes())
     digest.update(repr((*_FLAGS, *flags, platform.machine(), _processor())).encode())
     stat = os.stat(compiler)
     digest.update(repr((compiler, stat.st_size, stat.st_mtime_ns)).encode())
-    return cache_root() / "kernels" / f"{digest.hexdigest()[:16]}.so"
+    return digest.hexdigest()[:16]
+
+
+def _name(key: str, library: Path) -> str:
+    return f"{key}-{hashlib.sha256(library.read_bytes()).hexdigest()[:16]}.so"
+
+
+def _cached(folder: Path, key: str) -> Path | None:
+    """A library that was compiled before and is whole: to load half of one can kill a process."""
+    found = folder.glob(f"{key}-*.so")
+    return next((file for file in found if file.name == _name(key, file)), None)
 
 
 def _processor() -> str:
@@ -109,15 +129,10 @@ def _writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK)
 
 
-def _loaded(compiler: str, flags: Sequence[str], file: Path) -> ctypes.CDLL:
-    if not file.exists():
-        _compile(compiler, flags, file)
-    return ctypes.CDLL(str(file))
-
-
-def _compile(compiler: str, flags: Sequence[str], file: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        staged = Path(folder) / file.name
+def _compile(compiler: str, flags: Sequence[str], folder: Path, key: str) -> Path:
+    """Makes a library and moves it into the folder in one step."""
+    with tempfile.TemporaryDirectory(prefix=_BUILD, dir=folder) as build:
+        staged = Path(build) / "kernels.so"
         command = [compiler, *_FLAGS, *flags, "-o", str(staged), str(SOURCE), "-lpthread", "-lm"]
         subprocess.run(
             command,
@@ -127,4 +142,12 @@ def _compile(compiler: str, flags: Sequence[str], file: Path) -> None:
             text=True,
             timeout=_COMPILE_SECONDS,
         )
-        os.replace(staged, file)
+        return staged.replace(folder / _name(key, staged))
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what killed compilers have left behind."""
+    for build in folder.glob(f"{_BUILD}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - build.stat().st_mtime > 2 * _COMPILE_SECONDS:
+                shutil.rmtree(build, ignore_errors=True)
