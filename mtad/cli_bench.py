@@ -61,6 +61,10 @@ METHODS = "autoregressive,speculative,mtad,mtad_tree,specinfer"
 PROMPTS = 16
 # Rounds of cost measurements, so many at a time.
 _COST_PARTS, _COST_ROUNDS = 16, 3
+_SLOW_BALLAST = (
+    "The target with ballast runs through transformers, which is slower on a CPU. --engine native"
+    " packs it first: that takes a minute a billion parameters, and its memory twice."
+)
 
 
 @dataclass
@@ -133,7 +137,11 @@ def bench(
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     engine: Annotated[
-        str | None, typer.Option(help="What runs our methods. Default: the pair's own.")
+        str | None,
+        typer.Option(
+            help="What runs our methods: eager, native, native-float32 or cuda. Default: the"
+            " fastest that can; with ballast on a CPU eager."
+        ),
     ] = None,
     ballast: Annotated[
         str | None,
@@ -196,10 +204,11 @@ def _load(
     ballast: str | None,
 ) -> Any:
     """The pair, with the draft, the ballast and the engine that were asked for."""
+    from mtad.loading import resolve_device
     from mtad.pairs import EAGER, check_engine, fastest_engine
 
     if engine is not None:
-        check_engine(engine)
+        check_engine(engine, resolve_device(device))
     if ballast is None:
         return load(pair, device, dtype, draft, engine)
     from mtad.ballast import SHAPES
@@ -211,7 +220,10 @@ def _load(
     # On a CPU the packed copy of a large model would take minutes and its memory twice.
     own = fastest_engine(small) if small.device.type == "cuda" else EAGER
     with loading(sys.stderr) as bar:
-        return with_ballast(small, ballast, engine=engine or own, progress=bar)
+        large = with_ballast(small, ballast, engine=engine or own, progress=bar)
+    if engine is None and small.device.type == "cpu":
+        return dataclasses.replace(large, notes=(*large.notes, _SLOW_BALLAST))
+    return large
 
 
 def _measure(
@@ -252,11 +264,12 @@ def _run(
 ) -> None:
     """Measures machine and costs, then runs what is not in the file yet.
 
-    Costs are measured again between the runs: a machine that others use as well has slow minutes,
-    and a prediction from one of them says nothing of the others. Their context is that of the
-    middle of a run.
+    Costs and bandwidth are measured again between the runs: a machine that others use as well has
+    slow minutes, and what one of them says is not true of the others. The context of the costs is
+    that of the middle of a run.
     """
     from mtad.acceptance.costs import measure_costs, together
+    from mtad.bench.machine import with_bandwidth
     from mtad.bench.systems import Failure, measure, missing
 
     err = console(sys.stderr)
@@ -303,6 +316,8 @@ def _run(
                         )
                         parts.append(more)
                         outcome.costs = together(parts)
+                    if done in marks:
+                        outcome.machine = with_bandwidth(outcome.machine, models.device, stop)
         except (Cancelled, KeyboardInterrupt):
             outcome.interrupted = True
         outcome.interrupted |= stop.is_set()

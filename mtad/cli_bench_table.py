@@ -1,4 +1,4 @@
-"""The tables of `mtad bench`: speed, text, where the time goes, limits, costs. Pure."""
+"""The tables of `mtad bench`: speed, predictions, text and shares, limits, costs. Pure."""
 
 from __future__ import annotations
 
@@ -16,12 +16,18 @@ SPEED_HEADINGS = (
     *_KEYS,
     "tokens/s",
     "× autoregressive",
+    "× speculative",
     "× transformers float32",
     "J/token",
     "tokens/pass",
+)
+PREDICTION_HEADINGS = (
+    *_KEYS,
+    "× of all tokens",
     "predicted ×",
     "measured / predicted",
     "predicted × by passes alone",
+    "measured / that",
 )
 TEXT_HEADINGS = (
     *_KEYS,
@@ -50,15 +56,22 @@ LIMIT_HEADINGS = (
     "reached",
 )
 _GIGA = 1e9
+_TEXT = (
+    "draft, verification, everything else: of the decode time. distinct-4: distinct 4-grams /"
+    " 4-grams, counted within each answer; repeated 4-grams: the rest of them."
+)
 
 
 def tables(found: Sequence[Row], costs: Costs | None) -> list[tuple[Cells, list[Cells]]]:
     """Headings and lines of each table."""
+    ours = [row for row in found if not row.line.transformers]
     made = [
         (SPEED_HEADINGS, [_speed(row) for row in found]),
+        (PREDICTION_HEADINGS, [_prediction(row) for row in ours]),
         (TEXT_HEADINGS, [_text(row) for row in found]),
         (LIMIT_HEADINGS, [_limits(row) for row in found]),
     ]
+    made = [(headings, lines) for headings, lines in made if lines]
     if costs is not None:
         made.append((COST_HEADINGS, cost_cells(costs)))
     return made
@@ -84,12 +97,21 @@ def _speed(row: Row) -> Cells:
         *_keys(row),
         interval(row.tokens_per_second, 1),
         interval(row.times_autoregressive),
+        interval(row.times_speculative),
         interval(row.times_transformers),
         spent,
         interval(row.block_efficiency),
+    )
+
+
+def _prediction(row: Row) -> Cells:
+    return (
+        *_keys(row),
+        number(row.speedup),
         number(row.predicted),
         number(row.measured_over_predicted),
         number(row.predicted_alone),
+        number(row.measured_over_alone),
     )
 
 
@@ -127,7 +149,7 @@ def _limit(found: Reached | None) -> Cells:
 def footer(found: Sequence[Row], costs: Costs | None, machine: Machine | None) -> list[str]:
     """What must stand under the tables: what a figure is, and why there is a dash. Cleaned."""
     lines = [*_absent(found), *_baselines(found), *_intervals(found), *_energy(found)]
-    lines += [*_transformers(found), *_predictions(found, costs), *_roofline(found, machine)]
+    lines += [*_transformers(found), *_predictions(found, costs), _TEXT, *_roofline(found, machine)]
     return [clean(line).replace("\n", " ") for line in lines]
 
 
@@ -146,8 +168,9 @@ def _absent(found: Sequence[Row]) -> list[str]:
 def _baselines(found: Sequence[Row]) -> list[str]:
     there = {row.line.setting.method for row in found if row.prompts}
     lines = []
-    if "autoregressive" not in there:
-        lines.append(f"× autoregressive {DASH}: autoregressive has no finished run.")
+    for method in ("autoregressive", "speculative"):
+        if method not in there:
+            lines.append(f"× {method} {DASH}: {method} has no finished run.")
     if GENERATE["float32"] not in there:
         lines.append(f"× transformers float32 {DASH}: that row has no finished run.")
     return lines
@@ -155,8 +178,8 @@ def _baselines(found: Sequence[Row]) -> list[str]:
 
 def _intervals(found: Sequence[Row]) -> list[str]:
     lines = [
-        "tokens/s, × autoregressive, × transformers float32: medians over the prompts, ratios at"
-        " the same prompt. tokens/pass and perplexity: pooled."
+        "tokens/s, × autoregressive, × speculative, × transformers float32: medians over the"
+        " prompts, ratios at the same prompt; without prefill. tokens/pass and perplexity: pooled."
         f" [low, high]: 95 %, {RESAMPLES:,} bootstrap resamples over the prompts."
     ]
     if any(0 < row.prompts < MIN_PROMPTS for row in found):
@@ -205,10 +228,11 @@ def _transformers(found: Sequence[Row]) -> list[str]:
 
 def _predictions(found: Sequence[Row], costs: Costs | None) -> list[str]:
     lines = [
-        "predicted ×: tokens/pass × the cost of a one-token pass / the cost of verification and"
-        " drafting, of all runs of both rows together: how much faster the models are without what"
-        " stands between them. measured / predicted: the speed-up of all tokens together, as"
-        " tokens/pass are pooled; × autoregressive is a median.",
+        "× of all tokens: as × autoregressive, of all runs of both rows together in place of the"
+        " median over the prompts. predicted ×: tokens/pass × the cost of a one-token pass / the"
+        " cost of verification and drafting in these runs: how much faster the models are without"
+        " what stands between their passes. So measured / predicted says what is lost there,"
+        " beside what autoregressive loses, and nothing of the passes themselves.",
     ]
     if costs is None:
         return [*lines, f"predicted × by passes alone {DASH}: the costs were not measured."]
@@ -238,21 +262,27 @@ def _roofline(found: Sequence[Row], machine: Machine | None) -> list[str]:
     lines = [
         "limit: the bytes of a pass / the bandwidth of reading, or its operations / the matrix"
         " rate, whichever is longer. Bytes: all weights once, keys and values of the mean context."
-        " Reading counts, as a pass hardly writes.",
+        " Reading counts, as a pass hardly writes. rows: tokens that the mean pass reads; of a"
+        " draft that does not count them by γ, W and the tree, — where those are auto.",
         f"{machine.name}: reads {number(machine.read_bytes_per_second / _GIGA, 1)} GB/s (best of"
         f" a sum and a matrix-vector product over {machine.buffer_bytes / 1e6:,.0f} MB; last-level"
-        f" cache {machine.cache_bytes / 1e6:,.0f} MB), copies"
+        f" cache {machine.cache_bytes / 1e6:,.0f} MB; before the runs and between them), copies"
         f" {number(machine.copy_bytes_per_second / _GIGA, 1)} GB/s (bytes read; as many are"
         f" written); matrix products, Gop/s: {rates or DASH}.",
     ]
+    passes = [one for row in found for one in (row.target_pass, row.draft_step) if one is not None]
     unknown = {row.line.dtype for row in found if row.target_pass is not None}
     unknown -= machine.operations_per_second.keys()
     if unknown:
         lines.append(
             f"The matrix rate of {', '.join(sorted(unknown))} was not measured: its limit is that"
-            " of the bandwidth alone."
+            " of the bandwidth alone, and may be too low where a pass has many rows."
         )
-    passes = [one for row in found for one in (row.target_pass, row.draft_step) if one is not None]
+    if any(one.share > 1.0 for one in passes):
+        lines.append(
+            "A share above 100 %: the bandwidth was measured while others used the memory, or the"
+            " bytes stood in a cache."
+        )
     if any(one.pass_bytes < machine.cache_bytes for one in passes):
         lines.append(
             "A pass of fewer bytes than the last-level cache holds may find them there: it can be"

@@ -111,7 +111,7 @@ def read_draft(folder: str | Path) -> HiddenDraft:
         return _build(metadata[_FORMAT], tensors)
     except FileNotFoundError:
         raise PairError(
-            f"There is no {FILE_NAME} in {folder}. Make one with: python -m mtad distill"
+            f"There is no {FILE_NAME} in {folder}. To make one see: python -m mtad distill --help"
         ) from None
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise PairError(

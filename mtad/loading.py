@@ -41,7 +41,7 @@ def resolve_device(device: str | torch.device | None = None) -> torch.device:
         chosen = torch.device(device)
     except (RuntimeError, TypeError):
         chosen = None
-    allowed = '"cpu", "cuda", "cuda:0" and so on, "mps", or None to choose'
+    allowed = '"cpu", "cuda", "cuda:0" and so on, "mps", or left out'
     if chosen is None or chosen.type not in ("cpu", "cuda", "mps"):
         raise ConfigError(f"device is {str(device)[:60]!r}, but must be {allowed}.")
     if chosen.type == "mps" and not has_mps:
@@ -74,8 +74,7 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPE_BYTES:
         raise ConfigError(
-            f"dtype is {name[:60]!r}, but must be one of {', '.join(DTYPE_BYTES)}, or None to"
-            " choose."
+            f"dtype is {name[:60]!r}, but must be one of {', '.join(DTYPE_BYTES)}, or left out."
         )
     chosen: torch.dtype = getattr(torch, name)
     return chosen

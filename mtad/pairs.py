@@ -329,15 +329,24 @@ def native_reason(pair: ModelPair) -> str | None:
     return reason or library.unavailable_reason()
 
 
-def check_engine(engine: str) -> str:
+def check_engine(engine: str, device: torch.device | None = None) -> str:
     """The engine's name.
 
+    Args:
+        engine: one of `ENGINES`.
+        device: that models are to be loaded on.
+
     Raises:
-        ConfigError: there is no such engine.
+        ConfigError: there is no such engine, or it is for devices of another kind.
     """
     if engine not in ENGINES:
         allowed = ", ".join(f'"{name}"' for name in ENGINES)
         raise ConfigError(f"engine is {str(engine)[:60]!r}, but must be one of {allowed}.")
+    if engine == CUDA and device is not None and device.type != "cuda":
+        raise ConfigError(
+            f'engine is "{CUDA}", but the device is {device.type}. Choose the device cuda, or'
+            " another engine."
+        )
     return engine
 
 
@@ -385,9 +394,9 @@ def load_preset(
     progress: Progress | None = None,
 ) -> ModelPair:
     """As `load_pair`, of any preset. Its repositories may be folders; take none from a visitor."""
-    if engine is not None:
-        check_engine(engine)
     place = loading.resolve_device(device)
+    if engine is not None:
+        check_engine(engine, place)
     kind = loading.resolve_dtype(dtype, place)
     reason = loading.too_big(preset, place, kind)
     if reason:

@@ -32,6 +32,7 @@ from mtad.cli import app
 from mtad.cli_acceptance_table import rich_tables
 from mtad.cli_bench_table import (
     LIMIT_HEADINGS,
+    PREDICTION_HEADINGS,
     SPEED_HEADINGS,
     TEXT_HEADINGS,
     footer,
@@ -135,8 +136,8 @@ def test_one_command_times_every_row(talking: list[str], tmp_path: Path) -> None
     result = invoke(*talking, "--markdown", "--json", str(out))
     assert result.exit_code == 0, result.output
     for row in ROWS:
-        # speed, text, limits: each of them says engine and dtype
-        assert result.stdout.count(row) == 3, row
+        # speed, text, limits, of ours predictions: each of them says engine and dtype
+        assert result.stdout.count(row) == (3 if "transformers" in row else 4), row
     for said in ("48 of 48 runs (prompts: 6", "γ 4, W 4, τ 0.3, k-config 4,2,2", "a tiny pair"):
         assert said in result.stdout, said
     for said in ("GB/s", "Gop/s: float32", "bfloat16", "medians of 48", "torch", "first pass"):
@@ -168,6 +169,8 @@ def test_the_json_file_holds_everything(talking: list[str], tmp_path: Path) -> N
     assert mtad["tokens"] == 60 and mtad["tokens_per_second"]["low"] > 0
     assert mtad["predicted"] > 0 and 0 < mtad["measured_over_predicted"] < 2
     assert mtad["predicted_alone"] > 0
+    assert mtad["measured_over_alone"] == pytest.approx(mtad["speedup"] / mtad["predicted_alone"])
+    assert mtad["times_speculative"] is None
     assert mtad["target_pass"]["share"] > 0 and mtad["draft_step"]["share"] > 0
     assert found["autoregressive"]["draft_step"] is None
     # The figures can be made again from the runs.
@@ -205,7 +208,7 @@ def test_a_draft_that_is_no_plain_model_leaves_a_row_of_dashes(
     assert result.exit_code == 0, result.output
     dashes = " | ".join("—" for _ in SPEED_HEADINGS[3:])
     assert f"{ROWS[2]} {dashes} |" in result.stdout
-    assert "this pair has a HiddenDraft." in result.stdout
+    assert "this pair's draft is none." in result.stdout
     assert "3 of 3 runs" in result.stdout
 
 
@@ -389,7 +392,7 @@ def test_energy_says_how_it_was_measured_or_why_not() -> None:
 def test_the_limits_are_in_milliseconds_and_per_cent() -> None:
     one = Reached(5.0, 250.0, 540e6, 1e9, 0.06, "bandwidth", 0.08, 0.75)
     able = Machine("AMD EPYC, 2 threads", 32_000_000, 256_000_000, 9e9, 4e9, {"float32": 1e11})
-    _, _, (headings, lines) = tables([row("mtad", target_pass=one)], None)
+    *_, (headings, lines) = tables([row("mtad", target_pass=one)], None)
     assert headings == LIMIT_HEADINGS
     assert lines[0][3:9] == ("5.0", "540.0", "60.00", "bandwidth", "80.00", "75.0 %")
     said = " ".join(footer([row("mtad", target_pass=one)], None, able))
@@ -401,6 +404,9 @@ def test_the_limits_are_in_milliseconds_and_per_cent() -> None:
     whole = row("mtad", target_pass=one)
     whole = dataclasses.replace(whole, line=dataclasses.replace(whole.line, dtype="int4"))
     assert "matrix rate of int4 was not measured" in " ".join(footer([whole], None, able))
+    assert "A share above" not in said
+    above = row("mtad", target_pass=dataclasses.replace(one, share=1.1))
+    assert "A share above 100 %" in " ".join(footer([above], None, able))
 
 
 def test_assisted_generation_says_how_it_drafts() -> None:
@@ -436,7 +442,7 @@ def test_no_terminal_cuts_a_cell_off(width: int) -> None:
 
 
 def test_every_heading_has_a_cell() -> None:
-    headings = [SPEED_HEADINGS, TEXT_HEADINGS, LIMIT_HEADINGS]
+    headings = [SPEED_HEADINGS, PREDICTION_HEADINGS, TEXT_HEADINGS, LIMIT_HEADINGS]
     for (found, lines), wanted in zip(tables([row("mtad")], None), headings, strict=True):
         assert found == wanted and len(lines[0]) == len(wanted)
         assert found[:3] == ("row", "engine", "dtype") and lines[0][1:3] == ("eager", "float32")

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -22,12 +23,19 @@ from mtad.config import DecodeConfig
 from mtad.fetch import cache_root
 from mtad.pairs import ModelPair
 from mtad.trace import Step, Trace
-from mtad.ui.hosting import NO_JOULES, gpu_seconds, on_shared_gpu, page_source, shared_gpu_stream
+from mtad.ui.hosting import (
+    NO_JOULES,
+    gpu_seconds,
+    on_shared_gpu,
+    page_source,
+    port_and_limits,
+    shared_gpu_stream,
+)
 from mtad.ui.limits import HOSTED, Limits
 from mtad.ui.loading import PairLoader
 from mtad.ui.pair_menu import PairMenu
 from mtad.ui.site import library_stream
-from tests.browser import ROOT
+from tests.browser import ROOT, free_port
 from tests.models import tiny
 
 DOCKERFILE = ROOT / "Dockerfile"
@@ -317,3 +325,44 @@ class TestSharedGpu:
         assert isinstance(trace, Trace)
         assert trace.stop_reason == "cancelled"
         assert 3 <= len(trace.token_ids) < 4000
+
+
+# Where the page is served
+
+
+def started(port: str) -> subprocess.CompletedProcess[str]:
+    """`app.py`, which is not expected to start."""
+    environment = {**os.environ, "GRADIO_SERVER_PORT": port, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "app.py"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("port", ["abc", "0", "65536", "99999999999999999999", "-1", "７８６０"])
+def test_a_port_that_is_none_is_refused(port: str) -> None:
+    found = started(port)
+    assert found.returncode == 1
+    assert found.stderr == f"mtad: GRADIO_SERVER_PORT is {port!r}, but must be from 1 to 65535.\n"
+
+
+def test_a_port_that_is_taken_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        found = started(str(port))
+    assert found.returncode == 1
+    assert found.stderr.startswith(f"mtad: Port {port} is taken. Stop what listens there, or")
+    assert f"make demo PORT={port + 1}\n" in found.stderr
+
+
+def test_without_a_port_gradio_finds_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRADIO_SERVER_PORT", raising=False)
+    assert port_and_limits() == (None, Limits())
+    free = free_port()
+    monkeypatch.setenv("GRADIO_SERVER_PORT", str(free))
+    assert port_and_limits()[0] == free

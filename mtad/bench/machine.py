@@ -7,10 +7,12 @@ kernel, some ten microseconds, is no part of the time.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -35,15 +37,14 @@ _MIN_PRODUCT = 256
 _MAX_PRODUCT = 8192
 _PRODUCT_SECONDS = 0.02
 _CPU_CACHES = Path("/sys/devices/system/cpu")
-
-Rate = Callable[[], float]
+# What the native engine multiplies weights of so many bits as.
+_WHOLE = {"int8": torch.int8, "int4": torch.int8}
 
 
 def measure_machine(
     device: torch.device,
     dtypes: Iterable[str],
     *,
-    rates: Mapping[str, Rate] | None = None,
     cancel: threading.Event | None = None,
     progress: Callable[[str], None] = lambda what: None,
     buffer_bytes: int | None = None,
@@ -53,10 +54,8 @@ def measure_machine(
 
     Args:
         device: of the models.
-        dtypes: whose matrix rate is wanted; names that torch does not know and that have no
-            entry in `rates` are left out.
-        rates: by name, what measures the operations a second of an engine with arithmetic of
-            its own, such as one on whole numbers.
+        dtypes: whose matrix rate is wanted, "int8" and "int4" for products of bytes; names that
+            torch does not know are left out.
         cancel: stops between two rounds.
         progress: called with what is measured next.
         buffer_bytes: instead of several times the last-level cache.
@@ -70,13 +69,13 @@ def measure_machine(
     size = buffer_bytes or _buffer_bytes(device, cache)
     progress("reading")
     read, copied = _bandwidths(best, size)
-    found = {}
-    for name in dict.fromkeys(dtypes):
-        progress(f"multiplying in {name}")
-        if rates is not None and name in rates:
-            found[name] = rates[name]()
-        elif isinstance(kind := getattr(torch, name, None), torch.dtype) and kind.is_floating_point:
-            found[name] = _matrix_rate(best, kind, largest_product)
+    found: dict[str, float] = {}
+    kinds = {name: _WHOLE.get(name, getattr(torch, name, None)) for name in dtypes}
+    for name, kind in kinds.items():
+        if isinstance(kind, torch.dtype) and (kind.is_floating_point or name in _WHOLE):
+            progress(f"multiplying in {name}")
+            with contextlib.suppress(NotImplementedError, RuntimeError):
+                found[name] = _matrix_rate(best, kind, largest_product)
     return Machine(
         name=machine_name(device),
         cache_bytes=cache,
@@ -151,6 +150,24 @@ class _Best:
         return fastest
 
 
+def with_bandwidth(
+    machine: Machine, device: torch.device, cancel: threading.Event | None = None
+) -> Machine:
+    """The machine with its bandwidths measured once more, each the better of the two.
+
+    Others may have used the memory when they were measured, and no limit may come from that.
+
+    Raises:
+        Cancelled: it was stopped.
+    """
+    read, copied = _bandwidths(_Best(device, cancel), machine.buffer_bytes)
+    return dataclasses.replace(
+        machine,
+        read_bytes_per_second=max(read, machine.read_bytes_per_second),
+        copy_bytes_per_second=max(copied, machine.copy_bytes_per_second),
+    )
+
+
 @torch.inference_mode()
 def _bandwidths(best: _Best, size: int) -> tuple[float, float]:
     """Bytes a second that a sum or a matrix-vector product reads, and that a copy reads."""
@@ -174,8 +191,12 @@ def _matrix_rate(best: _Best, dtype: torch.dtype, largest: int) -> float:
     while True:
         before = fastest_rate
         # A GPU multiplies numbers that are all alike with less power, and so faster.
-        one = torch.randn(size, size, device=best.device, dtype=dtype)
-        seconds = best(lambda matrix=one: matrix @ matrix, rounds=3)  # type: ignore[misc]
+        one = torch.randn(size, size, device=best.device)
+        if not dtype.is_floating_point:
+            one = one.mul(40).clamp(-127, 127)
+        one = one.to(dtype)
+        multiply = torch.matmul if dtype.is_floating_point else torch._int_mm
+        seconds = best(lambda a=one, product=multiply: product(a, a), rounds=3)  # type: ignore[misc]
         fastest_rate = max(fastest_rate, 2 * size**3 / seconds)
         # A product that others held up is slow too; the next one says whether it was that.
         if size >= largest or (seconds >= _PRODUCT_SECONDS and fastest_rate < 1.5 * before):

@@ -39,7 +39,7 @@ MIN_PROMPTS = 5
 GENERATE = {"float32": "transformers-float32", "bfloat16": "transformers-bfloat16"}
 ASSISTED = "transformers-assisted"
 BASELINES = (*GENERATE, "assisted")
-_PLAIN = "autoregressive"
+_PLAIN, _SPECULATIVE = "autoregressive", "speculative"
 
 
 def is_foreign(setting: Setting) -> bool:
@@ -87,6 +87,7 @@ class Row:
         tokens: emitted.
         tokens_per_second: median over the prompts.
         times_autoregressive: how much faster than our `autoregressive`.
+        times_speculative: how much faster than our `speculative`.
         times_transformers: how much faster than `generate` in float32.
         joules_per_token: only if every run was measured.
         energy: of one run: how it was measured, and the reason if it was not.
@@ -97,11 +98,14 @@ class Row:
         draft_share: of the decode seconds, in the draft; None where nothing was drafted.
         verify_share: in the target; like the others None where the clock saw no pass.
         other_share: outside of both models.
-        predicted: how much faster than `autoregressive` by tokens a pass and what passes cost in
-            these runs.
-        measured_over_predicted: the speed-up of all tokens together / `predicted`, whose tokens a
-            pass are those of all together.
+        speedup: how much faster than `autoregressive` of all tokens together, as those that are
+            predicted.
+        predicted: the same by tokens a pass and what passes cost in these runs, with nothing
+            between them.
+        measured_over_predicted: `speedup` / `predicted`: what is lost between the passes, beside
+            what `autoregressive` loses.
         predicted_alone: as `predicted`, by what the same passes cost outside of any run.
+        measured_over_alone: `speedup` / `predicted_alone`.
         target_pass: the mean pass of the target against its limit.
         draft_step: the mean pass of the draft.
     """
@@ -111,6 +115,7 @@ class Row:
     tokens: int = 0
     tokens_per_second: Estimate | None = None
     times_autoregressive: Estimate | None = None
+    times_speculative: Estimate | None = None
     times_transformers: Estimate | None = None
     joules_per_token: float | None = None
     energy: EnergyReading | None = None
@@ -121,9 +126,11 @@ class Row:
     draft_share: float | None = None
     verify_share: float | None = None
     other_share: float | None = None
+    speedup: float | None = None
     predicted: float | None = None
     measured_over_predicted: float | None = None
     predicted_alone: float | None = None
+    measured_over_alone: float | None = None
     target_pass: Reached | None = None
     draft_step: Reached | None = None
 
@@ -167,25 +174,32 @@ def rows(
         )
     }
     plain = found.get(Setting(_PLAIN), {})
+    speculative = next(
+        (own for setting, own in found.items() if setting.method == _SPECULATIVE), {}
+    )
     foreign = found.get(Setting(GENERATE["float32"]), {})
 
     def row_of(line: Line) -> Row:
         own = found[line.setting]
         first = next(iter(own.values()))
         line = dataclasses.replace(line, engine=first.engine, dtype=first.dtype)
-        return _timed(own, _Resampling(times, seed), plain, foreign, quality[line.setting], line)
+        resampling, baselines = _Resampling(times, seed), (plain, speculative, foreign)
+        return _timed(own, resampling, baselines, quality[line.setting], line)
 
     def finish(row: Row) -> Row:
         setting, own = row.line.setting, found[row.line.setting]
         # What transformers' passes cost says nothing of ours.
         expected = None if row.line.transformers else _speedup(own, plain, _in_passes)
+        alone = predict_alone(quality[setting], config, costs, own)
         measured = _speedup(own, plain, operator.attrgetter("decode_seconds"))
         shape, draft = (targets or {}).get(setting), (drafts or {}).get(setting)
         return dataclasses.replace(
             row,
+            speedup=measured,
             predicted=expected,
-            measured_over_predicted=measured / expected if measured and expected else None,
-            predicted_alone=predict_alone(quality[setting], config, costs, own),
+            measured_over_predicted=ratio(measured, expected) if measured and expected else None,
+            predicted_alone=alone,
+            measured_over_alone=ratio(measured, alone) if measured and alone else None,
             target_pass=_target_pass(own, shape, machine, row.line.dtype),
             draft_step=_draft_step(own, draft, machine, row.line.dtype, config),
         )
@@ -278,12 +292,12 @@ def by_prompt(own: Runs, figure: Callable[[str, int, Run], float | None]) -> lis
 def _timed(
     own: Runs,
     resampling: _Resampling,
-    plain: Runs,
-    foreign: Runs,
+    baselines: tuple[Runs, Runs, Runs],
     quality: acceptance.Row,
     line: Line,
 ) -> Row:
     runs = list(own.values())
+    plain, speculative, foreign = baselines
 
     def against(baseline: Runs) -> Estimate | None:
         def figure(task: str, repeat: int, run: Run) -> float | None:
@@ -307,6 +321,7 @@ def _timed(
         tokens=quality.tokens,
         tokens_per_second=resampling.median(by_prompt(own, lambda *one: one[2].tokens_per_second)),
         times_autoregressive=against(plain),
+        times_speculative=against(speculative),
         times_transformers=against(foreign),
         joules_per_token=(
             None if joules is None else ratio(joules, sum(run.timed_tokens for run in runs))

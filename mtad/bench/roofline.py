@@ -6,7 +6,8 @@ cache's old keys and values are read, and only the new ones, a thousandth of it,
 copy writes as much as it reads, so that its rate would set the limit too low.
 
 What is counted is what no engine gets around; activations, embeddings that are looked up, norms
-and the mask are left out. So the limit is never too high, and nobody reaches it wholly.
+and the mask are left out. So nobody reaches the limit wholly, unless the rates were measured while
+others used the machine, or what is read stands in a cache.
 """
 
 from __future__ import annotations

@@ -149,8 +149,8 @@ def _baseline(name: str, pair: ModelPair, config: DecodeConfig) -> tuple[Line, T
     setting = Setting(ASSISTED, resolved.num_draft_tokens)
     line = Line(setting, ENGINE, dtype_name(pair.dtype))
     if not isinstance(pair.draft, PreTrainedModel):
-        what = "no draft" if pair.draft is None else f"a {type(pair.draft).__name__}"
-        absent = f"it takes a causal language model as draft, and this pair has {what}"
+        what = "this pair has no draft" if pair.draft is None else "this pair's draft is none"
+        absent = f"it takes a causal language model as draft, and {what}"
         return dataclasses.replace(line, absent=absent), None
     return line, Transformers(setting, pair, pair.target, pair.draft)
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -18,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from mtad.config import DecodeConfig
+from mtad.errors import ConfigError
 from mtad.trace import Step, Trace
 from mtad.ui.comparison import PairSource, Stream
-from mtad.ui.limits import Limits
+from mtad.ui.limits import Limits, limits_from_environment
 from mtad.ui.loading import PairLoader
 from mtad.ui.pair_menu import PairMenu
 
 SHARED_GPU_VARIABLE = "SPACES_ZERO_GPU"
+PORT_VARIABLE = "GRADIO_SERVER_PORT"
 NO_JOULES = (
     "This page's GPU is lent to it call by call and shared with other pages: its sensor would"
     " count what they draw."
@@ -47,6 +51,38 @@ def keep_memory_together() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
+
+
+def port_from_environment() -> int | None:
+    """The port that GRADIO_SERVER_PORT asks for; None if it does not, and gradio finds one.
+
+    Raises:
+        ConfigError: it is no port, or somebody listens there: gradio would take another one.
+    """
+    value = os.environ.get(PORT_VARIABLE, "").strip()
+    if not value:
+        return None
+    if not (value.isascii() and value.isdigit() and 1 <= int(value[:6]) <= 65_535):
+        raise ConfigError(f"{PORT_VARIABLE} is {value[:60]!r}, but must be from 1 to 65535.")
+    port = int(value)
+    try:
+        socket.create_server((os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), port)).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"Port {port} is taken. Stop what listens there, or choose another one, such as:"
+                f" make demo PORT={port + 1 if port < 65_535 else port - 1}"
+            ) from None
+        # Whatever else is wrong with the address, gradio says.
+    return port
+
+
+def port_and_limits() -> tuple[int | None, Limits]:
+    """What the environment says of the page. Ends the program with a message if that is wrong."""
+    try:
+        return port_from_environment(), limits_from_environment()
+    except ConfigError as error:
+        raise SystemExit(f"mtad: {error}") from None
 
 
 def on_shared_gpu() -> bool:
