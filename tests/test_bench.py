@@ -891,7 +891,8 @@ def test_all_rows_are_built_in_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("draft", "said"), [(hidden_draft(), "this pair's draft is none"), (None, "this pair has no draft")]
+    ("draft", "said"),
+    [(hidden_draft(), "this pair's draft is none"), (None, "this pair has no draft")],
 )
 def test_without_a_plain_draft_the_row_of_assisted_generation_says_why(
     draft: Any, said: str
