@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 
 from mtad.acceptance.measures import RESAMPLES, Costs, Estimate
@@ -259,14 +260,17 @@ def _roofline(found: Sequence[Row], machine: Machine | None) -> list[str]:
     rates = ", ".join(
         f"{name} {number(rate / _GIGA, 1)}" for name, rate in machine.operations_per_second.items()
     )
+    reads = machine.reads or (machine.read_bytes_per_second,)
     lines = [
         "limit: the bytes of a pass / the bandwidth of reading, or its operations / the matrix"
         " rate, whichever is longer. Bytes: all weights once, keys and values of the mean context."
         " Reading counts, as a pass hardly writes. rows: tokens that the mean pass reads; of a"
         " draft that does not count them by γ, W and the tree, — where those are auto.",
-        f"{machine.name}: reads {number(machine.read_bytes_per_second / _GIGA, 1)} GB/s (best of"
-        f" a sum and a matrix-vector product over {machine.buffer_bytes / 1e6:,.0f} MB; last-level"
-        f" cache {machine.cache_bytes / 1e6:,.0f} MB; before the runs and between them), copies"
+        f"{machine.name}: reads {number(machine.read_bytes_per_second / _GIGA, 1)} GB/s (a sum or"
+        f" a matrix-vector product over {machine.buffer_bytes / 1e6:,.0f} MB; best of"
+        f" {len(reads)} times before the runs and between them, median"
+        f" {number(statistics.median(reads) / _GIGA, 1)}; last-level cache"
+        f" {machine.cache_bytes / 1e6:,.0f} MB), copies"
         f" {number(machine.copy_bytes_per_second / _GIGA, 1)} GB/s (bytes read; as many are"
         f" written); matrix products, Gop/s: {rates or DASH}.",
     ]

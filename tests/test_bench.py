@@ -215,6 +215,7 @@ def test_the_better_bandwidth_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.read_bytes_per_second, found.copy_bytes_per_second) == (2**22, 2**21)
     found = machine.with_bandwidth(found, CPU)
     assert (found.read_bytes_per_second, found.copy_bytes_per_second) == (2**22, 2**22)
+    assert found.reads == (2**21, 2**22, 2**19)
 
 
 def test_the_measurement_of_the_machine_can_be_stopped() -> None:

@@ -83,6 +83,7 @@ def measure_machine(
         read_bytes_per_second=read,
         copy_bytes_per_second=copied,
         operations_per_second=found,
+        reads=(read,),
     )
 
 
@@ -165,6 +166,7 @@ def with_bandwidth(
         machine,
         read_bytes_per_second=max(read, machine.read_bytes_per_second),
         copy_bytes_per_second=max(copied, machine.copy_bytes_per_second),
+        reads=(*machine.reads, read),
     )
 
 

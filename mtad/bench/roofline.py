@@ -48,8 +48,9 @@ class Machine:
         name: processor or board, and threads.
         cache_bytes: its last-level cache.
         buffer_bytes: what was read and copied.
-        read_bytes_per_second: of reading a buffer that no cache holds.
+        read_bytes_per_second: of reading a buffer that no cache holds, the fastest of `reads`.
         copy_bytes_per_second: of copying it, counting what is read; as much is written.
+        reads: every time that reading was measured; others may use the memory as well.
         operations_per_second: of a large matrix product, by dtype; an addition and a
             multiplication are two.
     """
@@ -60,6 +61,7 @@ class Machine:
     read_bytes_per_second: float
     copy_bytes_per_second: float
     operations_per_second: Mapping[str, float]
+    reads: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
