@@ -51,6 +51,7 @@
  * memory, and with more, where memory waits for products. */
 #define NEAR 256
 #define AHEAD 2048
+#define FAR 8192
 #define OWN_VALUES 8192 /* of an input that every thread makes for itself */
 #define SPLIT_ROWS 32 /* rows whose attention is shared out by parts of the cache */
 #define APART 16  /* counters from one thread's to the next one's: a cache line */
@@ -531,10 +532,20 @@ INLINE ints dot_small(const codes *part, const int8_t *x) {
 #endif
 }
 
+/* Whether `rows` inputs take their time over weights that pass through: a thread then asks far ahead
+ * and for its second cache. The first one has too few requests open to go on reading while the
+ * products of many rows are made, and both times would add up. Of four bits, whose products are
+ * the longer part, what that drives out costs more than it gains. */
+INLINE int reads_far(const Matrix *m, int rows) {
+    return m->streamed && m->kind == CODES8 && rows > 1;
+}
+
 /* Asks for weights before they are used: memory is slower than the products. Those that are streamed
  * are not to drive out what stays, such as the draft and the interpreter. */
-INLINE void fetch(const Matrix *m, const uint8_t *data, const int bytes) {
-    if (m->streamed)
+INLINE void fetch(const Matrix *m, const uint8_t *data, const int bytes, const int far) {
+    if (far)
+        for (int i = 0; i < bytes; i += 64) __builtin_prefetch(data + i, 0, 2);
+    else if (m->streamed)
         for (int i = 0; i < bytes; i += 64) __builtin_prefetch(data + i, 0, 0);
     else
         for (int i = 0; i < bytes; i += 64) __builtin_prefetch(data + i, 0, 3);
@@ -545,7 +556,8 @@ INLINE void fetch(const Matrix *m, const uint8_t *data, const int bytes) {
 INLINE void block(const Matrix *m, const uint8_t *data, int piece, const Input *in, int row,
                   const int rows, floats *out) {
     floats sum[TILE]; /* not `out`, which the compiler would write back at every step */
-    const int columns = m->columns, groups = columns / GROUP, ahead = rows == 1 ? NEAR : AHEAD;
+    const int columns = m->columns, groups = columns / GROUP, far = reads_far(m, rows);
+    const int ahead = far ? FAR : rows == 1 ? NEAR : AHEAD;
     for (int r = 0; r < rows; r++) sum[r] = (floats){0};
     if (m->kind == FLOAT32) {
         const float *weight = (const float *)data + piece * LANES;
@@ -556,7 +568,7 @@ INLINE void block(const Matrix *m, const uint8_t *data, int piece, const Input *
     } else if (m->kind == CODES8) {
         for (int g = 0; g < groups; g++, data += 8 * 64 + 32) {
             codes part[8];
-            if (piece == 0) fetch(m, data + ahead, 8 * 64 + 32);
+            if (piece == 0) fetch(m, data + ahead, 8 * 64 + 32, far);
             for (int j = 0; j < 8; j++) {
                 part[j] = *(const loose_codes *)(data + 64 * j + piece * VECTOR);
 #if defined(__AVX512VNNI__)
@@ -575,7 +587,7 @@ INLINE void block(const Matrix *m, const uint8_t *data, int piece, const Input *
     } else {
         for (int g = 0; g < groups; g++, data += 4 * 64 + 64) {
             codes part[8];
-            if (piece == 0) fetch(m, data + ahead, 4 * 64 + 64);
+            if (piece == 0) fetch(m, data + ahead, 4 * 64 + 64, 0);
             for (int j = 0; j < 4; j++) {
                 codes both = *(const loose_codes *)(data + 64 * j + piece * VECTOR);
                 part[j] = both & 15;
@@ -623,10 +635,11 @@ static void tile(const Matrix *m, const uint8_t *data, int piece, const Input *i
 
 enum { STORE, ADD, GATE };
 
-/* Asks for the beginning of what this thread will read of a matrix, as many bytes as AHEAD. */
-INLINE void expect(const Seat *s, const Matrix *m) {
+/* Asks for the beginning of what this thread will read of a matrix for `rows` inputs. */
+INLINE void expect(const Seat *s, const Matrix *m, int rows) {
+    const int far = reads_far(m, rows);
     const size_t start = (size_t)part_start(s->all, m->rows / BLOCK, s->thread);
-    fetch(m, m->data + start * block_bytes(m), AHEAD);
+    fetch(m, m->data + start * block_bytes(m), far ? FAR : AHEAD, far);
 }
 
 /* out [rows, stride], of which the first m->rows columns are set to the product, or grown by it;
@@ -658,7 +671,7 @@ static void product_in(const Seat *s, const Matrix *m, const Input *in, int rows
             }
         }
     }
-    if (next) expect(s, next);
+    if (next) expect(s, next, rows);
     meet(s);
 }
 
