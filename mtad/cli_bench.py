@@ -305,7 +305,10 @@ def _run(
                             file.add(found)
                         outcome.runs.append(found)
                         say(dataclasses.replace(found.record, tokens=found.timed_tokens))
-                    if parts and done in marks:
+                    if done not in marks:
+                        continue
+                    outcome.machine = with_bandwidth(outcome.machine, models.device, stop)
+                    if parts:
                         more = measure_costs(
                             models,
                             passes,
@@ -316,8 +319,6 @@ def _run(
                         )
                         parts.append(more)
                         outcome.costs = together(parts)
-                    if done in marks:
-                        outcome.machine = with_bandwidth(outcome.machine, models.device, stop)
         except (Cancelled, KeyboardInterrupt):
             outcome.interrupted = True
         outcome.interrupted |= stop.is_set()

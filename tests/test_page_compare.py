@@ -264,7 +264,8 @@ def test_a_replay_of_thousands_of_blocks_is_smooth(race: str, visit: Any, tmp_pa
     nodes = "document.querySelectorAll('*').length"
     many = page.evaluate(nodes)
     tasks: list[float] = []
-    # The cores are shared with the server and other work: the best of four replays counts.
+    # The first replay lays out 50,000 nodes anew. Of those behind it the best of three counts: the
+    # cores are shared with the server and other work.
     for _ in range(4):
         page.evaluate(
             "() => { window.longest = 0;"
@@ -284,10 +285,10 @@ def test_a_replay_of_thousands_of_blocks_is_smooth(race: str, visit: Any, tmp_pa
                 arg=[SEEN, round(2000 * share)],
             )
         tasks.append(page.evaluate("window.longest"))
-        if tasks[-1] < LONGEST_TASK_MS:
+        if len(tasks) > 1 and tasks[-1] < LONGEST_TASK_MS:
             break
     print(f"longest tasks of the replays: {tasks} ms; heap {before:.0f} -> {heap():.0f}")
-    assert min(tasks) < LONGEST_TASK_MS, tasks
+    assert tasks[0] < 2 * LONGEST_TASK_MS and min(tasks[1:]) < LONGEST_TASK_MS, tasks
     assert page.evaluate(nodes) == many
     assert heap() < 1.2 * before + 2e6
 

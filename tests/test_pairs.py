@@ -526,11 +526,6 @@ def test_real_draft_is_small_and_loads_fast(smollm2: ModelPair) -> None:
 
 
 def test_real_pair_loads_fast(smollm2: ModelPair) -> None:
-    seconds = []
-    for _ in range(3):  # others may use the cores
-        start = time.perf_counter()
-        load_pair("smollm2", device="cpu")
-        seconds.append(time.perf_counter() - start)
-        if seconds[-1] < 5:
-            break
-    assert min(seconds) < 5, seconds
+    start = time.perf_counter()
+    load_pair("smollm2", device="cpu")
+    assert time.perf_counter() - start < 5

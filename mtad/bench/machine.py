@@ -70,12 +70,14 @@ def measure_machine(
     progress("reading")
     read, copied = _bandwidths(best, size)
     found: dict[str, float] = {}
-    kinds = {name: _WHOLE.get(name, getattr(torch, name, None)) for name in dtypes}
-    for name, kind in kinds.items():
-        if isinstance(kind, torch.dtype) and (kind.is_floating_point or name in _WHOLE):
-            progress(f"multiplying in {name}")
-            with contextlib.suppress(NotImplementedError, RuntimeError):
-                found[name] = _matrix_rate(best, kind, largest_product)
+    for name in dict.fromkeys(dtypes):
+        kind = _WHOLE.get(name, getattr(torch, name, None))
+        if not isinstance(kind, torch.dtype) or not (kind.is_floating_point or name in _WHOLE):
+            continue
+        progress(f"multiplying in {name}")
+        # Not every device multiplies bytes.
+        with contextlib.suppress(RuntimeError) if name in _WHOLE else contextlib.nullcontext():
+            found[name] = _matrix_rate(best, kind, largest_product)
     return Machine(
         name=machine_name(device),
         cache_bytes=cache,

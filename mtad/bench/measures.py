@@ -197,9 +197,9 @@ def rows(
             row,
             speedup=measured,
             predicted=expected,
-            measured_over_predicted=ratio(measured, expected) if measured and expected else None,
+            measured_over_predicted=_over(measured, expected),
             predicted_alone=alone,
-            measured_over_alone=ratio(measured, alone) if measured and alone else None,
+            measured_over_alone=_over(measured, alone),
             target_pass=_target_pass(own, shape, machine, row.line.dtype),
             draft_step=_draft_step(own, draft, machine, row.line.dtype, config),
         )
@@ -219,8 +219,11 @@ def _speedup(own: Runs, plain: Runs, spent: Callable[[Record], float]) -> float 
         seconds = math.fsum(spent(runs[key].record) for key in both)
         return ratio(sum(runs[key].timed_tokens for key in both), seconds)
 
-    fast, slow = rate(own), rate(plain)
-    return fast / slow if fast and slow else None
+    return _over(rate(own), rate(plain))
+
+
+def _over(one: float | None, other: float | None) -> float | None:
+    return one / other if one and other else None
 
 
 def _in_passes(record: Record) -> float:
