@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from mtad.hidden_draft import Ends, HiddenDraft
 from mtad.histories import Searched
 from mtad.logits import Logits
 from mtad.pairs import EAGER, NATIVE, ModelPair, check_engine, hidden_drafter, ready_draft
+from mtad.sampling import Uniforms
 from mtad.trace import ModelInfo
 from mtad.wheel import Progress
 
@@ -73,25 +74,31 @@ class NarrowDrafter:
         return self._drafter.next_logits(token_ids, parents)
 
     def draft_line(
-        self, logits: Logits, config: DecodeConfig, uniform: Tensor
+        self,
+        logits: Logits,
+        config: DecodeConfig,
+        uniform: Tensor,
+        ends: Tensor,
+        floors: Sequence[float] = (),
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """See `BlockDrafter`: what the drafter says."""
         if not isinstance(self._drafter, BlockDrafter):
             return None
-        return self._drafter.draft_line(logits, config, uniform)
+        return self._drafter.draft_line(logits, config, uniform, ends, floors)
 
     def draft_beams(
         self,
         logits: Logits,
         config: DecodeConfig,
         steps: int,
-        chance: Callable[[int], Tensor],
+        chance: Uniforms,
         ends: Tensor,
+        floors: Sequence[float] = (),
     ) -> Searched | None:
         """See `BlockDrafter`: what the drafter says."""
         if not isinstance(self._drafter, BlockDrafter):
             return None
-        return self._drafter.draft_beams(logits, config, steps, chance, ends)
+        return self._drafter.draft_beams(logits, config, steps, chance, ends, floors)
 
     def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         """See `Drafter.keep`."""

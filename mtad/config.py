@@ -34,8 +34,8 @@ class DecodeConfig:
         max_new_tokens: most tokens that are emitted.
         num_draft_tokens: the draft length, γ in papers, `num_assistant_tokens` in transformers,
             `num_speculative_tokens` in vLLM. "auto" chooses the length of every draft by what
-            iterations cost on this machine and what was accepted so far, see `mtad.pace`; `mtjd`,
-            which has no draft, stays at 4.
+            iterations cost on this machine, what was accepted so far and, on a CPU, how sure the
+            draft is of its block, see `mtad.pace`; `mtjd`, which has no draft, stays at 4.
         iteration_costs: cost of an iteration with 0, 1, 2, … draft tokens, relative to the first;
             read with num_draft_tokens="auto" only. With beam_width="auto" a row of them for each
             of `mtad.pace.AUTO_WIDTHS`. None has the runner measure it once a pair

@@ -7,7 +7,7 @@ log q as logits, unwarped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -18,6 +18,7 @@ from mtad.errors import PairError
 from mtad.histories import Searched
 from mtad.lm import CachedLM, Recorder
 from mtad.logits import Logits
+from mtad.sampling import Uniforms
 
 
 @runtime_checkable
@@ -89,12 +90,26 @@ class BlockDrafter(Protocol):
     behind the nodes, and give the tokens for the same uniforms, as if each step had been asked
     for; the tokens of the last step become no nodes. Both want top-k to be in force
     (`mtad.sampling.narrows`) and give None, having done nothing, where they cannot serve it.
+
+    With `floors` there may be fewer steps, see `mtad.pace.FloorPace`.
     """
 
     def draft_line(
-        self, logits: Logits, config: DecodeConfig, uniform: Tensor
+        self,
+        logits: Logits,
+        config: DecodeConfig,
+        uniform: Tensor,
+        ends: Tensor,
+        floors: Sequence[float] = (),
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """Draws a token for each of [γ] uniforms, each below the one before.
+
+        Args:
+            logits: see above.
+            config: the warp is read.
+            uniform: see above.
+            ends: [n] tokens that end a text; what is drawn goes on behind them without floors.
+            floors: see above.
 
         Returns:
             [γ] tokens and their log-probabilities; what they were drawn from, [γ, K] tokens and
@@ -106,8 +121,9 @@ class BlockDrafter(Protocol):
         logits: Logits,
         config: DecodeConfig,
         steps: int,
-        chance: Callable[[int], Tensor],
+        chance: Uniforms,
         ends: Tensor,
+        floors: Sequence[float] = (),
     ) -> Searched | None:
         """Beam sampling for some steps, see `mtad.decoders.beams.grow_beams`.
 
@@ -115,8 +131,9 @@ class BlockDrafter(Protocol):
             logits: see above.
             config: beam_width and the warp are read.
             steps: of the search.
-            chance: gives so many uniforms, float64; asked once for those of all steps.
+            chance: of all draws.
             ends: [n] tokens that end a hypothesis.
+            floors: see above.
 
         Returns:
             What a draft makes of the hypotheses; None where it cannot.
@@ -181,7 +198,7 @@ class RecordedDrafter:
         self.begun = False
         # Logits that were cut are not those that it would go on from.
         whole = drafter.vocab_size == vocab_size
-        self._drafts_blocks = whole and isinstance(drafter, BlockDrafter)
+        self._blocks = drafter if whole and isinstance(drafter, BlockDrafter) else None
         self._recorder = recorder
         self._check = check
 
@@ -211,31 +228,35 @@ class RecordedDrafter:
         return Logits.of(logits).cut(self.vocab_size)
 
     def draft_line(
-        self, logits: Logits, config: DecodeConfig, uniform: Tensor
+        self,
+        logits: Logits,
+        config: DecodeConfig,
+        uniform: Tensor,
+        ends: Tensor,
+        floors: Sequence[float] = (),
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """See `BlockDrafter`; recorded as "draft"."""
-        if not self._drafts_blocks:
+        if self._blocks is None:
             return None
-        assert isinstance(self.drafter, BlockDrafter)
         self._check()
         with self._recorder.span("draft"):
-            return self.drafter.draft_line(logits, config, uniform)
+            return self._blocks.draft_line(logits, config, uniform, ends, floors)
 
     def draft_beams(
         self,
         logits: Logits,
         config: DecodeConfig,
         steps: int,
-        chance: Callable[[int], Tensor],
+        chance: Uniforms,
         ends: Tensor,
+        floors: Sequence[float] = (),
     ) -> Searched | None:
         """See `BlockDrafter`; recorded as "draft"."""
-        if not self._drafts_blocks:
+        if self._blocks is None:
             return None
-        assert isinstance(self.drafter, BlockDrafter)
         self._check()
         with self._recorder.span("draft"):
-            return self.drafter.draft_beams(logits, config, steps, chance, ends)
+            return self._blocks.draft_beams(logits, config, steps, chance, ends, floors)
 
     def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
         """Recorded as "draft": it may read the target's hidden states."""

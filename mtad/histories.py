@@ -84,6 +84,10 @@ class BeamTree(NamedTuple):
 class Searched(Protocol):
     """A search that is over: what a draft makes of the hypotheses after each of its steps."""
 
+    @property
+    def steps(self) -> int:
+        """How many there were."""
+
     def best_block(self, waiting: int) -> BeamBlock:
         """See `BeamBlock`; `waiting` is w."""
 
@@ -93,6 +97,11 @@ class Searched(Protocol):
 
 class History(list[AnyHistories]):
     """The hypotheses after each step; see `Searched`."""
+
+    @property
+    def steps(self) -> int:
+        """See `Searched.steps`."""
+        return len(self)
 
     def best_block(self, waiting: int) -> BeamBlock:
         """See `BeamBlock`; `waiting` is w."""

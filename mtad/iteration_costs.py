@@ -2,8 +2,9 @@
 
 Whole iterations of the very decoder are timed, so everything that a longer draft takes is in them:
 draft steps, the wider verification, the search, and what Python does between. The drafts take
-turns, each turn begins with iterations without one, and of the ratios in the turns the (lower)
-median counts: a machine that is now fast and now slow is so for both sides of a ratio.
+turns, each right behind iterations without one, and of their ratios the (lower) median counts: a
+machine that is now fast and now slow is so for both sides of a ratio. All begin behind the same
+text, which is read once.
 """
 
 from __future__ import annotations
@@ -21,16 +22,19 @@ import torch
 from mtad.catalogue import method_info
 from mtad.config import DecodeConfig
 from mtad.decoders import load_decoder
-from mtad.draft import Drafter
+from mtad.draft import RecordedDrafter
 from mtad.lm import CachedLM
 from mtad.pace import AUTO_TREES, AUTO_WIDTHS, MAX_AUTO_DRAFT_TOKENS
+from mtad.pairs import ModelPair
+from mtad.session import Session
 from mtad.trace import Outcome
 
 CONTEXT_TOKENS = 100
-TURNS = 4
-ROUNDS = 2
-# Where a pass takes longer than this, nobody should wait for more turns than these.
-SLOW_SECONDS, SLOW_TURNS = 0.03, 2
+TURNS = 5
+# Iterations that are timed each time: the first ones find cold caches and code.
+ROUNDS = 6
+# Where a pass takes longer than this, nobody should wait for more turns or iterations than these.
+SLOW_SECONDS, SLOW_TURNS, SLOW_ROUNDS = 0.03, 2, 2
 # An iteration that costs so many without a draft seldom emits as many tokens.
 DEAR = 8.0
 # More than anything is worth.
@@ -38,13 +42,14 @@ NEVER = 1e6
 LENGTHS = (1, 2, 4, 8, MAX_AUTO_DRAFT_TOKENS)
 
 K = TypeVar("K", bound=Hashable)
+Iterations = Generator[Outcome, None, None]
 
 
 def measure_iterations(
     method: str,
-    make: Callable[[], tuple[CachedLM, Drafter]],
+    pair: ModelPair,
+    make: Callable[[], tuple[CachedLM, RecordedDrafter]],
     config: DecodeConfig,
-    context_length: int,
 ) -> tuple[float, ...] | tuple[tuple[float, ...], ...]:
     """Seconds of an iteration with γ = 0, 1, … draft tokens, relative to one without a draft.
 
@@ -55,25 +60,27 @@ def measure_iterations(
 
     Args:
         method: with a draft, whose length is `num_draft_tokens` or whose tree `k_config` says.
-        make: both models with empty caches; their passes stop the measurement by raising.
+        pair: the models.
+        make: both with empty caches; their passes stop the measurement by raising.
         config: of the run; its draft, seed and limits are not read.
-        context_length: of the pair.
 
     Returns:
         1.0 for no draft, then up to γ = `MAX_AUTO_DRAFT_TOKENS`, or fewer where the context is too
         short or they grow too dear; or those of the trees, `NEVER` likewise.
     """
-    fits = [n for n in LENGTHS if (ROUNDS + 2) * (n + 1) < context_length // 2] or [1]
-    context = max(2, min(CONTEXT_TOKENS, context_length // 2))
+    half = pair.context_length // 2
+    fits = [n for n in LENGTHS if (ROUNDS + 2) * (n + 1) < half] or [1]
+    context = max(2, min(CONTEXT_TOKENS, half))
+    run = functools.partial(_iterations, pair, make, config, context, Session())
     if "k_config" in method_info(method).parameters:
         trees = [tree for tree in AUTO_TREES if len(tree) <= max(fits)]
         drafts = {tree: {"k_config": tree} for tree in trees}
-        times = _measure(method, make, config, context, drafts)
+        times = _measure(run, method, drafts)
         return (1.0, *(times.get(tree, NEVER) for tree in AUTO_TREES))
 
     def by_length(width: int, lengths: Sequence[int]) -> tuple[float, ...]:
         drafts = {n: {"num_draft_tokens": n, "beam_width": width} for n in lengths}
-        return _by_length({0: 1.0} | _measure(method, make, config, context, drafts))
+        return _by_length({0: 1.0} | _measure(run, method, drafts))
 
     if config.beam_width == "auto" and "beam_width" in method_info(method).parameters:
         return tuple(by_length(width, fits[::2]) for width in AUTO_WIDTHS)  # it takes time enough
@@ -81,54 +88,57 @@ def measure_iterations(
 
 
 def _measure(
+    run: Callable[[str, Mapping[str, Any]], Iterations],
     method: str,
-    make: Callable[[], tuple[CachedLM, Drafter]],
-    config: DecodeConfig,
-    context: int,
     drafts: Mapping[K, Mapping[str, Any]],
 ) -> dict[K, float]:
-    """Seconds of an iteration with each of the drafts, relative to one without.
+    """What an iteration with each of the drafts costs, relative to one without.
 
     They come with the shorter ones first; those behind the first that is too dear are left out.
     """
     wide = {"num_draft_tokens": MAX_AUTO_DRAFT_TOKENS, "beam_width": 1}  # of no draft
-    run = functools.partial(_iterations, make, config, context)
     ratios: defaultdict[K, list[float]] = defaultdict(list)
+    rounds, turns = ROUNDS, TURNS
     for turn in range(TURNS):
-        plain = _seconds(run("autoregressive", wide))
+        if turn == turns:
+            break
         for draft, fields in drafts.items():
-            ratios[draft].append(_seconds(run(method, fields)) / plain)
+            plain = _seconds(run("autoregressive", wide), rounds)
+            if plain > SLOW_SECONDS:
+                rounds, turns = SLOW_ROUNDS, SLOW_TURNS
+            ratios[draft].append(_seconds(run(method, fields), rounds) / plain)
             if min(ratios[draft]) > DEAR:
                 break
-        if plain > SLOW_SECONDS and turn + 1 == SLOW_TURNS:
-            break
     return {draft: round(statistics.median_low(found), 4) for draft, found in ratios.items()}
 
 
-def _seconds(run: Generator[Outcome, None, None]) -> float:
-    """Of an iteration, the faster of some from the second on: another may have recorded a graph.
+def _seconds(run: Iterations, rounds: int) -> float:
+    """Of an iteration, the (lower) median of some from the second on: one may record a graph.
 
     Ends the run: a drafter of the user's own is one object, and holds one text.
     """
-    next(run)  # holds the prefill
+    next(run)  # holds what is read of the text
     times = []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         start = time.perf_counter()
         next(run)
         times.append(time.perf_counter() - start)
     run.close()
-    return min(times)
+    return statistics.median_low(times)
 
 
 def _iterations(
-    make: Callable[[], tuple[CachedLM, Drafter]],
+    pair: ModelPair,
+    make: Callable[[], tuple[CachedLM, RecordedDrafter]],
     config: DecodeConfig,
     context: int,
+    session: Session,
     method: str,
     fields: Mapping[str, Any],
-) -> Generator[Outcome, None, None]:
+) -> Iterations:
     """Iterations with a draft on any text: what they cost depends little on it."""
-    target, draft = make()
+    target, drafter = make()
+    used = drafter if method_info(method).uses_draft else None
     prompt = [1 + k * 7919 % (target.vocab_size - 1) for k in range(context)]
     fixed = dataclasses.replace(
         config,
@@ -139,8 +149,11 @@ def _iterations(
         **fields,
     )
     generator = torch.Generator(target.device).manual_seed(0)
-    uses_draft = method_info(method).uses_draft
-    yield from load_decoder(method)(target, draft if uses_draft else None, prompt, fixed, generator)
+    session.begin(pair, prompt, target, used)
+    outcomes = load_decoder(method)(target, used, prompt, fixed, generator)
+    yield next(outcomes)
+    session.end(pair, prompt, target, used)
+    yield from outcomes
 
 
 def _by_length(costs: Mapping[int, float]) -> tuple[float, ...]:

@@ -38,6 +38,10 @@ _FIRST_RATE = 0.8
 _FIRST_COSTS = tuple(1.0 + 0.1 * length for length in range(MAX_AUTO_DRAFT_TOKENS + 1))
 # Observations that the first guess, and the mean of all depths, count for.
 _PRIOR = 4.0
+# A token of probability q is accepted about so often: q to the power of this.
+_SHARPNESS = 0.6
+# What a token costs at least, and how many were accepted.
+_FREE = 1e-6
 # What was seen this many iterations ago counts half.
 _FADE = 0.5 ** (1.0 / 32.0)
 
@@ -92,6 +96,73 @@ class Pace:
             if expected / cost > self.rate:
                 self.length, self.rate = depth + 1, expected / cost
         return mean
+
+
+class FloorPace:
+    """Chooses for `num_draft_tokens="auto"` where a block ends, while it is drafted.
+
+    Tokens of which the draft is sure are accepted more often: one of probability q at a rate of
+    about m · q ** `_SHARPNESS`, be it by tests of single tokens or by a joint one (docs/log.md); m
+    is observed. So a block of n tokens with the joint probability Q passes as a whole at a rate of
+    m ** n · Q ** `_SHARPNESS`. One token more is worth drafting while that, times the rate at
+    which any token passes, is more than what its cost earns elsewhere: the tokens for their cost
+    of the run so far. (That the best policy is such a threshold: Huang et al. 2024, arXiv
+    2405.19715.) It looks at nothing but what the draft says, so the tokens of speculative decoding
+    keep their distribution.
+
+    Attributes:
+        length: the most draft tokens of a block.
+        floors: [length − 1] a block ends behind token i (from 0) where its joint log-probability is
+            below floors[i], or that token ends the text.
+    """
+
+    def __init__(self, costs: Sequence[float] | None = None) -> None:
+        """Begins without observations; see `Pace`."""
+        self._costs = tuple(costs or _FIRST_COSTS)
+        self.length = len(self._costs) - 1
+        self._more = [math.log(max(more, _FREE)) for more in growing(self._costs[1:])]
+        # Of draft tokens: how many were tested, q ** _SHARPNESS of those, and how many passed.
+        self._tried, self._sure = _PRIOR, _PRIOR * _FIRST_RATE
+        self._passed = _PRIOR * _FIRST_RATE
+        # Of iterations: their cost, and their tokens.
+        self._spent = _PRIOR * self._costs[0]
+        self._earned = self._spent * Pace(costs).rate
+        self._choose()
+
+    def observe(self, accepted: int, logprobs: Sequence[float]) -> None:
+        """Takes in an iteration: log q of the draft tokens, the first of which were accepted."""
+        tested = logprobs[: accepted + 1]
+        self._tried = self._tried * _FADE + len(tested)
+        self._sure = self._sure * _FADE + sum(math.exp(_SHARPNESS * each) for each in tested)
+        self._passed = self._passed * _FADE + accepted
+        self._spent = self._spent * _FADE + self._costs[min(len(logprobs), self.length)]
+        self._earned = self._earned * _FADE + accepted + 1
+        self._choose()
+
+    def _choose(self) -> None:
+        passed = max(self._passed, _FREE)
+        worth = math.log(self._earned / self._spent * self._tried / passed)
+        miss = max(0.0, math.log(max(self._sure, _FREE) / passed))  # −log m
+        self.floors = [
+            (worth + more + count * miss) / _SHARPNESS for count, more in enumerate(self._more, 1)
+        ]
+
+
+def growing(costs: Sequence[float]) -> list[float]:
+    """What each cost is more than the one before it, if that never becomes less.
+
+    A cost that was measured too low or too high makes one step dear and the next one cheap; such
+    neighbours share what they cost together (the greatest convex function below the costs).
+    """
+    runs: list[tuple[float, int]] = []  # of equal steps
+    for before, after in itertools.pairwise(costs):
+        step, count = after - before, 1
+        while runs and runs[-1][0] > step:
+            earlier, times = runs.pop()
+            step = (earlier * times + step * count) / (times + count)
+            count += times
+        runs.append((step, count))
+    return [step for step, count in runs for _ in range(count)]
 
 
 class WidthPace:

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from mtad.catalogue import MethodInfo, method_info
 from mtad.config import DecodeConfig
 from mtad.decoders import load_decoder
-from mtad.draft import Drafter, RecordedDrafter
+from mtad.draft import RecordedDrafter
 from mtad.energy import EnergyWindows, Meter
 from mtad.errors import Cancelled, ConfigError, DeadlineExceeded, PairError, PromptError
 from mtad.hidden_draft import HiddenDraft
@@ -413,10 +413,10 @@ class _Run:
         key = (info.id, config.beam_width)
         if key not in known:
             with decoding(pair):
-                known[key] = measure_iterations(info.id, self._models, config, pair.context_length)
+                known[key] = measure_iterations(info.id, pair, self._models, config)
         self.config = dataclasses.replace(config, **{name: known[key]})
 
-    def _models(self) -> tuple[CachedLM, Drafter]:
+    def _models(self) -> tuple[CachedLM, RecordedDrafter]:
         """Both models with empty caches, for measurements."""
         recorder = Recorder(clock_for(self.pair.device))
         pair = self.pair

@@ -39,6 +39,10 @@ class Uniforms:
         start, self._used = self._used, self._used + count
         return self._drawn[start : self._used]
 
+    def give_back(self, count: int) -> None:
+        """The last ones that were given will be given again: they were not needed."""
+        self._used -= count
+
     def _draw(self, count: int) -> Tensor:
         device = self._generator.device
         dtype = torch.float32 if device.type == "mps" else torch.float64

@@ -30,6 +30,7 @@ from mtad.native.draft import NativeDraft
 from mtad.native.drafter import NativeDrafter
 from mtad.native.packing import CODES4, pack
 from mtad.pairs import ModelPair
+from mtad.sampling import Uniforms
 from tests.models import FAMILIES, tiny
 from tests.walks import walk_side_by_side
 
@@ -315,6 +316,9 @@ def test_a_block_at_once_is_the_block_step_by_step(
             accept_threshold=0.05,
         )
         config = dataclasses.replace(config, num_draft_tokens=1 + seed, beam_width=1 + seed)
+        if seed > 3:
+            costs = tuple(1.0 + 0.1 * length for length in range(9))
+            config = dataclasses.replace(config, num_draft_tokens="auto", iteration_costs=costs)
         at_once = mtad.run(method, pair, prompt_ids=[1, 3, 5], config=config)
         with monkeypatch.context() as patched:
             patched.setattr(RecordedDrafter, "draft_line", lambda *_: None)
@@ -376,11 +380,9 @@ def test_more_choices_than_the_kernels_hold_are_drafted_step_by_step() -> None:
     config = mtad.DecodeConfig(top_k=513)
     logits = Logits(torch.zeros(1, 600))
 
-    def never(count: int) -> Tensor:
-        raise AssertionError
-
-    assert drafter.draft_line(logits, config, torch.zeros(3)) is None
-    assert drafter.draft_beams(logits, config, 3, never, torch.empty(0)) is None
+    never, none = Uniforms(torch.Generator()), torch.empty(0, dtype=torch.int64)
+    assert drafter.draft_line(logits, config, torch.zeros(3), none) is None
+    assert drafter.draft_beams(logits, config, 3, never, none) is None
 
 
 def test_a_pair_says_what_its_draft_weighs() -> None:

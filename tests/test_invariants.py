@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
+import operator
 import shutil
 import subprocess
 from typing import Any
@@ -22,7 +24,7 @@ from hypothesis import strategies as st
 import mtad
 from mtad.config import MAX_SEED
 from mtad.errors import ConfigError
-from mtad.pace import AUTO_TREES, AUTO_WIDTHS, Pace, TreePace, WidthPace, nodes
+from mtad.pace import AUTO_TREES, AUTO_WIDTHS, FloorPace, Pace, TreePace, WidthPace, nodes
 from mtad.trace import Decision, Trace
 from mtad.whatif import accepted_length_at, accepted_path
 from tests.models import tiny
@@ -335,8 +337,31 @@ def test_a_block_that_is_accepted_whole_does_not_overshoot(method: str) -> None:
         assert (len(trace.token_ids), trace.stop_reason) == (24 - size, "context")
 
 
-@pytest.mark.parametrize("method", ["speculative", "mtad", "mtad_tree"])
-def test_an_automatic_draft_length_follows_what_is_accepted(method: str) -> None:
+@pytest.mark.parametrize("method", ["speculative", "typical", "mtad"])
+def test_an_automatic_block_ends_where_the_draft_is_unsure(method: str) -> None:
+    """Each block ends where `FloorPace` says after the iterations before it, and not before."""
+    costs = tuple(1 + 0.15 * length for length in range(13))
+    config = mtad.DecodeConfig(
+        max_new_tokens=120, num_draft_tokens="auto", iteration_costs=costs, top_k=4, seed=3
+    )
+    for kind in ("twins", "strangers"):
+        trace = mtad.run(method, pair_of(kind), prompt_ids=PROMPT, config=config)
+        pace, left, depths = FloorPace(costs), 120, set()
+        for decision in trace.decisions():
+            joints = list(itertools.accumulate(decision.tree.draft_logprobs))
+            depth, most = len(joints), min(pace.length, left - 1)
+            depths.add(depth)
+            if 0 < depth < most:
+                assert joints[-1] < pace.floors[depth - 1]
+            if method != "mtad":  # there another hypothesis may have been the likeliest
+                assert all(map(operator.ge, joints[:-1], pace.floors))
+            left -= len(decision.emitted)
+            if depth:
+                pace.observe(decision.accepted_length, decision.tree.draft_logprobs)
+        assert len(depths) > 2, kind
+
+
+def test_an_automatic_draft_length_follows_what_is_accepted() -> None:
     """Each draft has the length that `Pace` chooses after the iterations before it."""
     costs = tuple(1 + 0.1 * length for length in range(13))
     config = mtad.DecodeConfig(
@@ -344,7 +369,7 @@ def test_an_automatic_draft_length_follows_what_is_accepted(method: str) -> None
     )
     lengths = {}
     for kind in ("twins", "strangers"):
-        trace = mtad.run(method, pair_of(kind), prompt_ids=PROMPT, config=config)
+        trace = mtad.run("mtad_tree", pair_of(kind), prompt_ids=PROMPT, config=config)
         pace, left = Pace(costs), 120
         for decision in trace.decisions():
             depth = decision.tree.depth

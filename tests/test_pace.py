@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import statistics
 from collections.abc import Iterator
@@ -11,16 +12,25 @@ from typing import Any
 import pytest
 
 from mtad import iteration_costs
-from mtad.config import DecodeConfig
 from mtad.errors import ConfigError
-from mtad.iteration_costs import DEAR, TURNS, _by_length
+from mtad.iteration_costs import (
+    DEAR,
+    ROUNDS,
+    SLOW_ROUNDS,
+    SLOW_SECONDS,
+    SLOW_TURNS,
+    TURNS,
+    _by_length,
+)
 from mtad.pace import (
     AUTO_TREES,
     AUTO_WIDTHS,
     MAX_AUTO_DRAFT_TOKENS,
+    FloorPace,
     Pace,
     TreePace,
     WidthPace,
+    growing,
     nodes,
 )
 
@@ -77,6 +87,80 @@ def test_it_comes_back_when_the_text_grows_easy() -> None:
     for _ in range(80):
         pace.observe(pace.length, pace.length)
     assert pace.length >= 8
+
+
+def draft_block(pace: FloorPace, surely: list[float]) -> list[float]:
+    """log q of a block whose tokens have these probabilities one after the other."""
+    block: list[float] = []
+    for q in surely:
+        block.append(math.log(q))
+        if len(block) == pace.length or sum(block) < pace.floors[len(block) - 1]:
+            break
+    return block
+
+
+@pytest.mark.parametrize("sharpness", [0.4, 0.6, 1.0])
+@pytest.mark.parametrize("price", [0.05, 0.2])
+def test_a_block_ends_where_the_draft_is_unsure(sharpness: float, price: float) -> None:
+    """Tokens pass more often the surer the draft is: then it beats every constant length.
+
+    Seeded; also where they pass at other rates than it takes for granted.
+    """
+    costs = [1.0, *(1.3 + price * n for n in range(16))]
+
+    def play(length: int | None) -> float:
+        pace, rng = FloorPace(costs), random.Random(2)
+        tokens = cost = 0.0
+        for _ in range(3000):
+            # Easy and hard places follow each other.
+            surely = [rng.choice((0.15, 0.5, 0.97, 0.97)) for _ in range(16)]
+            luck = [rng.random() for _ in surely]
+            if length is None:
+                block = draft_block(pace, surely)
+            else:
+                block = [math.log(q) for q in surely[:length]]
+            accepted = 0
+            while accepted < len(block) and luck[accepted] < surely[accepted] ** sharpness:
+                accepted += 1
+            tokens, cost = tokens + accepted + 1, cost + costs[len(block)]
+            pace.observe(accepted, block)
+        return tokens / cost
+
+    best = max(play(length) for length in range(1, 17))
+    assert play(None) > 1.02 * best
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_where_a_draft_is_always_sure_its_length_is_learned(rate: float) -> None:
+    """At temperature 0 every draft token has probability 1."""
+    costs = [1.0 + 0.2 * length for length in range(17)]
+    pace, rng = FloorPace(costs), random.Random(3)
+    lengths = []
+    for _ in range(300):
+        block = draft_block(pace, [1.0] * 16)
+        accepted = 0
+        while accepted < len(block) and rng.random() < rate:
+            accepted += 1
+        pace.observe(accepted, block)
+        lengths.append(len(block))
+
+    def speed(length: float) -> float:
+        tokens = (1 - rate ** (length + 1)) / (1 - rate)
+        return tokens / (1.0 + 0.2 * length)
+
+    ideal = max(speed(length) for length in range(1, 17))
+    assert statistics.mean(map(speed, lengths[100:])) > 0.9 * ideal
+
+
+def test_what_a_token_costs_more_never_becomes_less() -> None:
+    assert growing([1.0, 1.3, 1.4, 1.7]) == pytest.approx([0.2, 0.2, 0.3])
+    assert growing([1.0, 1.1, 1.3]) == pytest.approx([0.1, 0.2])
+    assert growing([1.0]) == []
+    pace = FloorPace([1.0, 1.3, 1.3, 1.3])
+    for _ in range(40):
+        pace.observe(0, [0.0])
+    assert all(math.isfinite(floor) for floor in pace.floors)
+    assert FloorPace([1.0, 1.2]).floors == []
 
 
 def test_lengths_between_the_measured_ones_are_interpolated() -> None:
@@ -179,33 +263,49 @@ def test_costs_of_other_widths_are_refused() -> None:
 def measured(monkeypatch: pytest.MonkeyPatch, spoilt: dict[tuple[int, int], float]) -> Any:
     """Costs of γ 1, 2, 4, 8 where γ really costs 1 + γ / 10 iterations of 1 ms.
 
-    `spoilt` says by turn and γ how many times as long an iteration seems; γ 0 is one without draft.
+    `spoilt` says by turn and γ how many times as long an iteration seems; with −γ one without a
+    draft that is measured before those.
     """
-    turn = -1
+    turns: dict[int, int] = {}
+    lengths = itertools.cycle((1, 2, 4, 8))
+    coming = next(lengths)
 
-    def seconds(length: int) -> float:
-        nonlocal turn
-        turn += length == 0
-        return 0.001 * (1.0 + length / 10.0) * spoilt.get((turn, length), 1.0)
+    def seconds(length: int, _: int) -> float:
+        nonlocal coming
+        if length == 0:
+            turn = turns.get(coming, -1) + 1
+            return 0.001 * spoilt.get((turn, -coming), 1.0)
+        assert length == coming, "each right behind one without a draft"
+        turn = turns[length] = turns.get(length, -1) + 1
+        found = (1.0 + length / 10.0) * spoilt.get((turn, length), 1.0)
+        dear = min(found, dearest.get(length, found)) > DEAR
+        dearest[length] = min(found, dearest.get(length, found))
+        while dear and coming != 8:
+            coming = next(lengths)
+        coming = next(lengths)
+        return 0.001 * found
 
-    def iterations(_: Any, __: Any, ___: int, method: str, fields: dict[str, int]) -> int:
+    def run(method: str, fields: dict[str, int]) -> int:
         return 0 if method == "autoregressive" else fields["num_draft_tokens"]
 
-    monkeypatch.setattr(iteration_costs, "_iterations", iterations)
+    dearest: dict[int, float] = {}
     monkeypatch.setattr(iteration_costs, "_seconds", seconds)
     drafts = {length: {"num_draft_tokens": length} for length in (1, 2, 4, 8)}
-    make: Any = None
-    found = iteration_costs._measure("mtad", make, DecodeConfig(), 100, drafts)
-    assert turn == TURNS - 1
+    doubles: Any = run
+    found = iteration_costs._measure(doubles, "mtad", drafts)
+    assert turns[1] == TURNS - 1
     return found
 
 
 def test_a_slow_turn_and_a_slow_iteration_price_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = pytest.approx({1: 1.1, 2: 1.2, 4: 1.4, 8: 1.8}, abs=1e-3)
+    lengths = (1, 2, 4, 8)
     assert measured(monkeypatch, {}) == expected
-    assert measured(monkeypatch, {(1, length): 3.0 for length in (0, 1, 2, 4, 8)}) == expected
-    for length, turn in itertools.product((0, 1, 4, 8), range(TURNS)):
+    slow = {(1, side * length): 3.0 for length in lengths for side in (1, -1)}
+    assert measured(monkeypatch, slow) == expected
+    for length, turn in itertools.product(lengths, range(TURNS)):
         assert measured(monkeypatch, {(turn, length): 4.0}) == expected, (turn, length)
+        assert measured(monkeypatch, {(turn, -length): 4.0}) == expected, (turn, length)
     # One that seems too dear ends its turn, and is tried again in the next.
     assert measured(monkeypatch, {(0, 2): DEAR * 2}) == expected
 
@@ -215,17 +315,32 @@ def test_a_draft_that_is_always_too_dear_is_the_last(monkeypatch: pytest.MonkeyP
     assert list(found) == [1, 2, 4] and found[4] == pytest.approx(14.0)
 
 
-def test_of_two_iterations_the_faster_one_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One may have recorded a graph; the first holds the prefill and is not timed."""
+def test_slow_passes_are_measured_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def seconds(length: int, rounds: int) -> float:
+        asked.append((length, rounds))
+        return SLOW_SECONDS * (1.1 + length)
+
+    monkeypatch.setattr(iteration_costs, "_seconds", seconds)
+    run: Any = lambda method, fields: fields["num_draft_tokens"] % MAX_AUTO_DRAFT_TOKENS  # noqa: E731
+    drafts = {length: {"num_draft_tokens": length} for length in (1, 2)}
+    iteration_costs._measure(run, "mtad", drafts)
+    assert len(asked) == 2 * 2 * SLOW_TURNS
+    assert asked[0] == (0, ROUNDS) and {rounds for _, rounds in asked[1:]} == {SLOW_ROUNDS}
+
+
+def test_the_median_iteration_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One may have recorded a graph; the first holds what is read of the text."""
     now = 0.0
 
     def iterations() -> Iterator[None]:
         nonlocal now
-        for seconds in (100.0, 9.0, 2.0, 1.0):
+        for seconds in (100.0, 9.0, 2.0, 3.0, 1.0, 50.0):
             now += seconds
             yield
 
     monkeypatch.setattr(iteration_costs.time, "perf_counter", lambda: now)
     run: Any = iterations()
-    assert iteration_costs._seconds(run) == 2.0
+    assert iteration_costs._seconds(run, 4) == 2.0
     assert next(run, "ended") == "ended"

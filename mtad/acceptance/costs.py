@@ -297,7 +297,9 @@ class _Bench:
                 return False
             steps = _LATER_STEPS + 1  # one more draw than there are steps
             if rows == 1:
-                return whole.draft_line(logits, config, state.uniforms(steps)) is not None
+                return (
+                    whole.draft_line(logits, config, state.uniforms(steps), state.eos) is not None
+                )
             return whole.draft_beams(logits, config, steps, state.uniforms, state.eos) is not None
 
         by_step = chain_by_step if rows == 1 else beams_by_step

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -151,6 +151,7 @@ def grow_beams(
     is_eos: Callable[[Tensor], Tensor],
     *,
     record: int = 0,
+    floors: Sequence[float] = (),
 ) -> History[Beams]:
     """Grows beams for `steps` steps and returns them after each step.
 
@@ -163,12 +164,17 @@ def grow_beams(
         uniforms: so many of them, for the draws.
         is_eos: which tokens end a sequence.
         record: see `Beams.grow`.
+        floors: where the steps end early, see `mtad.pace.FloorPace`.
     """
     width, waiting = config.width, pending.shape[0]
     logits = next_logits(pending, None)[-1:]
     beams = Beams.root(pending.device).grow(logits, width, config, uniforms, is_eos, record=record)
     history = History([beams])
     for step in range(1, steps):
+        if floors:
+            best = beams.best()
+            if beams.finished[best] or beams.joint[best] < floors[step - 1]:
+                break
         if step == 1:
             parents = torch.full_like(beams.token_ids[:, 0], waiting - 1)
         else:

@@ -34,7 +34,7 @@ from mtad.draft import BlockDrafter, Drafter
 from mtad.histories import Searched
 from mtad.lm import CachedLM
 from mtad.logits import Logits
-from mtad.pace import Pace, WidthPace
+from mtad.pace import FloorPace, Pace, WidthPace
 from mtad.sampling import Uniforms, narrows, recorded
 from mtad.trace import Decision, Outcome
 
@@ -147,6 +147,7 @@ class State:
         remaining: tokens that may still be emitted.
         ended: True after an end-of-sequence.
         draft_length: γ of the next iteration, before it is cut to what remains.
+        floors: where its block ends before that, see `mtad.pace.FloorPace`; or empty.
         pace: chooses it with num_draft_tokens="auto", and W with beam_width="auto"; else None.
         draft_passes: of the present iteration.
         hidden: [1 + N, F·H] what the draft wants to know of the last verification pass; None if
@@ -167,7 +168,8 @@ class State:
     ended: bool = False
     block_draft: BlockDrafter | None = None
     draft_length: int = 4
-    pace: Pace | WidthPace | None = None
+    floors: Sequence[float] = ()
+    pace: Pace | FloorPace | WidthPace | None = None
     draft_passes: int = 0
     hidden: Tensor | None = None
 
@@ -181,11 +183,12 @@ class State:
         eos_token_ids: Sequence[int],
         *,
         adapts: bool = True,
+        stops: bool = False,
     ) -> State:
         """Prefills both caches with all of the prompt but its last token, which is pending.
 
         What the target's cache holds of the prompt already, it keeps. `adapts` is False where
-        what "auto" means is the decoder's own business.
+        what "auto" means is the decoder's own business; with `stops` its blocks may end early.
         """
         eos_ids = frozenset(() if config.ignore_eos else eos_token_ids)
         prompt = torch.tensor(prompt_ids, dtype=torch.int64, device=target.device)
@@ -196,7 +199,11 @@ class State:
         length, pace = config.num_draft_tokens, None
         if length == "auto" and draft is not None and adapts:
             costs: Any = config.iteration_costs
-            pace = WidthPace(costs) if config.beam_width == "auto" else Pace(costs)
+            # A block ends early where that costs nothing to find out: on another device the host
+            # would have to wait for each token.
+            early = stops and target.device.type == "cpu"
+            chain = FloorPace if early else Pace
+            pace = WidthPace(costs) if config.beam_width == "auto" else chain(costs)
         state = State(
             target=target,
             draft=draft,
@@ -226,6 +233,8 @@ class State:
         pace = self.pace
         if pace is not None:
             self.draft_length = pace.length
+        if isinstance(pace, FloorPace):
+            self.floors = pace.floors
         if isinstance(pace, WidthPace) and pace.width != self.block_config.width:
             self.block_config = dataclasses.replace(self.block_config, beam_width=pace.width)
 
@@ -245,9 +254,11 @@ class State:
         """`BlockDrafter.draft_line`, counted; None where a block is drafted step by step."""
         if self.block_draft is None or not narrows(logits, self.rule_config):
             return None
-        found = self.block_draft.draft_line(logits, self.rule_config, uniform)
+        found = self.block_draft.draft_line(
+            logits, self.rule_config, uniform, self.eos, self.floors
+        )
         if found is not None:
-            self.draft_passes += uniform.shape[0] - 1
+            self.draft_passes += found[0].shape[0] - 1
         return found
 
     def draft_beams(self, steps: int) -> Searched:
@@ -257,16 +268,24 @@ class State:
         """
         config, first = self.block_config, self.draft_logits(self.draft_pending)[-1:]
         if self.block_draft is not None and narrows(first, config):
-            found = self.block_draft.draft_beams(first, config, steps, self.uniforms, self.eos)
+            found = self.block_draft.draft_beams(
+                first, config, steps, self.uniforms, self.eos, self.floors
+            )
             if found is not None:
-                self.draft_passes += steps - 1
+                self.draft_passes += found.steps - 1
                 return found
 
         def next_logits(token_ids: Tensor, parents: Tensor | None) -> Logits:
             return first if parents is None else self.draft_logits(token_ids, parents)
 
         return grow_beams(
-            next_logits, self.draft_pending, steps, config, self.uniforms, self.is_eos
+            next_logits,
+            self.draft_pending,
+            steps,
+            config,
+            self.uniforms,
+            self.is_eos,
+            floors=self.floors,
         )
 
     def is_eos(self, token_ids: Tensor) -> Tensor:
@@ -345,7 +364,10 @@ class State:
         accepted, emitted = self._read_path(host)
         self._advance(proposal, found.rows, accepted, found.final_token)
         if self.pace is not None and (depth := max(offered_depths(host, self.eos_ids), default=0)):
-            self.pace.observe(accepted, depth)
+            if isinstance(self.pace, FloorPace):
+                self.pace.observe(accepted, host["draft_logprobs"][:depth])
+            else:
+                self.pace.observe(accepted, depth)
             self.follow_pace()
         self.remaining -= len(emitted)
         self.ended = emitted[-1] in self.eos_ids

@@ -31,7 +31,7 @@ def decode(
     eos_token_ids: Sequence[int] = (),
 ) -> Iterator[Outcome]:
     """See `mtad.decoders.Decoder`."""
-    state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids)
+    state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids, stops=True)
     while state.running:
         block = draft_block(state, state.block_length())
         yield state.judge(longest_prefix, block, state.verify(block), 1)
@@ -71,4 +71,5 @@ def draft_block(state: State, length: int) -> Proposal:
         return Proposal.nothing(state.target.device)
     waiting = state.draft_pending.shape[0]
     token_ids, logprobs, real, path = state.draft_beams(length).best_block(waiting)
-    return Proposal.block(token_ids, logprobs, length - 1, real=real, draft_path=path)
+    depth = token_ids.shape[0] - 1  # the last token is not read
+    return Proposal.block(token_ids, logprobs, depth, real=real, draft_path=path)

@@ -31,7 +31,7 @@ def decode(
     eos_token_ids: Sequence[int] = (),
 ) -> Iterator[Outcome]:
     """See `mtad.decoders.Decoder`."""
-    state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids)
+    state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids, stops=True)
     while state.running:
         block, draft_rows = draft_block(state, state.block_length())
         rows = () if draft_rows is None else (draft_rows.token_ids, draft_rows.logprobs)
@@ -87,7 +87,9 @@ def draft_block(state: State, length: int) -> tuple[Proposal, Warped | None]:
     first = state.draft_logits(state.draft_pending)[-1:]
     drawn = state.draft_line(first, chance) or _line(state, first, chance, length)
     tokens, logprobs, ids, rows = drawn
-    block = Proposal.block(tokens, logprobs, cached_depth=length - 1)
+    taken = tokens.shape[0]
+    state.uniforms.give_back(length - taken)
+    block = Proposal.block(tokens, logprobs, cached_depth=taken - 1)
     return block, Warped(ids, rows, first.vocab_size)
 
 
@@ -96,9 +98,15 @@ def _line(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `BlockDrafter.draft_line`; step by step."""
     drawn: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    joint = 0.0
     for position in range(length):
         if position:
-            logits = state.draft_logits(drawn[-1][0])
+            token, logprob, *_ = drawn[-1]
+            if state.floors:
+                joint += float(logprob)
+                if int(token) in state.eos_ids or joint < state.floors[position - 1]:
+                    break
+            logits = state.draft_logits(token)
         one = chance[position : position + 1]
         drawn.append(draw_next(logits, state.rule_config, one, position))
     tokens, logprobs, ids, rows = (torch.cat(parts) for parts in zip(*drawn, strict=True))

@@ -32,7 +32,7 @@ def decode(
     eos_token_ids: Sequence[int] = (),
 ) -> Iterator[Outcome]:
     """See `mtad.decoders.Decoder`."""
-    state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids)
+    state = State.begin(target, draft, prompt_ids, config, generator, eos_token_ids, stops=True)
     while state.running:
         block, _ = draft_block(state, state.block_length())
         yield state.judge(while_typical, block, state.verify(block), 1)

@@ -7,7 +7,8 @@ kernels read them, and every number that says how far something has got is the h
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from mtad.native.packing import BLOCK
 from mtad.native.rows import NATIVE_SEARCH
 from mtad.native.rules import NARROW
 from mtad.native.threads import context
+from mtad.sampling import Uniforms
 
 _CHUNK_TOKENS = 512
 _FIRST_TEXT = 512
@@ -104,19 +106,27 @@ class NativeDrafter:
         return Logits(values, self._proposed.columns, search=NATIVE_SEARCH)
 
     def draft_line(
-        self, logits: Logits, config: DecodeConfig, uniform: Tensor
+        self,
+        logits: Logits,
+        config: DecodeConfig,
+        uniform: Tensor,
+        ends: Tensor,
+        floors: Sequence[float] = (),
     ) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """See `BlockDrafter.draft_line`."""
         if not self._draws(config):
             return None
         steps, choices = uniform.shape[0], config.top_k
-        block, _held = self._block(logits, config, steps, 1)
+        block, held = self._block(logits, config, steps, 1, ends, floors)
         token_ids, drawn = _ids(steps, choices), _ids(steps)
         values, logprobs, picked = floats(steps, choices), floats(steps, choices), floats(steps)
         uniform = uniform.contiguous()
         results = uniform, drawn, picked, values, token_ids, logprobs
         self._call("mtad_line", abi.Line(block, *(each.data_ptr() for each in results)))
-        self._entries += steps - 1
+        taken = held.taken.value
+        self._entries += taken - 1
+        if taken < steps:
+            return drawn[:taken], picked[:taken], token_ids[:taken], logprobs[:taken]
         return drawn, picked, token_ids, logprobs
 
     def draft_beams(
@@ -124,14 +134,15 @@ class NativeDrafter:
         logits: Logits,
         config: DecodeConfig,
         steps: int,
-        chance: Callable[[int], Tensor],
+        chance: Uniforms,
         ends: Tensor,
+        floors: Sequence[float] = (),
     ) -> Results | None:
         """See `BlockDrafter.draft_beams`."""
         if not self._draws(config):
             return None
         width, choices = config.width, config.top_k
-        block, _held = self._block(logits, config, steps, width)
+        block, held = self._block(logits, config, steps, width, ends, floors)
         candidates = width * choices
         uniform = chance(max(choices, width) + (steps - 1) * candidates)
         values, warped = floats(candidates), floats(candidates)
@@ -143,12 +154,14 @@ class NativeDrafter:
         self._call(
             "mtad_search",
             abi.Search(
-                *(block, width, uniform.data_ptr(), ends.data_ptr(), ends.shape[0]),
+                *(block, width, uniform.data_ptr()),
                 *(each.data_ptr() for each in spare),
                 *results.pointers(),
             ),
         )
-        self._entries += (steps - 1) * width
+        results.steps = held.taken.value
+        chance.give_back((steps - results.steps) * candidates)
+        self._entries += (results.steps - 1) * width
         return results
 
     def keep(self, path: Tensor | int, target_hidden: Tensor | None = None) -> None:
@@ -314,21 +327,30 @@ class NativeDrafter:
         return logits
 
     def _block(
-        self, logits: Logits, config: DecodeConfig, steps: int, width: int
-    ) -> tuple[abi.Block, Tensor]:
-        """What both kinds of blocks have in common; the tensor must live as long."""
+        self,
+        logits: Logits,
+        config: DecodeConfig,
+        steps: int,
+        width: int,
+        ends: Tensor,
+        floors: Sequence[float],
+    ) -> tuple[abi.Block, _Held]:
+        """What both kinds of blocks have in common, and what must live as long."""
         first = self._entries
         end = first + (steps - 1) * width
         self._reserve(end)
         self._cache.reserve(self._books.prefix + end, self._books.prefix + first)
         if self._scratch.shape[0] < width * self._stride:
             self._scratch = floats(width * self._stride)
-        row = logits.values.contiguous()
+        bounds = (ctypes.c_double * len(floors))(*floors) if floors else None
+        held = _Held(logits.values.contiguous(), ends, bounds, ctypes.c_int32())
         block = abi.Block(
-            *(steps, first, config.top_k, config.temperature, config.top_p),
-            *(row.data_ptr(), self._scratch.data_ptr()),
+            *(steps, first, None if bounds is None else ctypes.addressof(bounds)),
+            *(ends.data_ptr(), ends.shape[0], ctypes.addressof(held.taken)),
+            *(config.top_k, config.temperature, config.top_p),
+            *(held.row.data_ptr(), self._scratch.data_ptr()),
         )
-        return block, row
+        return block, held
 
     def _draws(self, config: DecodeConfig) -> bool:
         """Whether the kernels draw from a row as a config says."""
@@ -392,11 +414,24 @@ def _given(target_hidden: Tensor | None) -> Tensor:
     return target_hidden.float().contiguous()
 
 
+class _Held(NamedTuple):
+    """What a block points to."""
+
+    row: Tensor
+    ends: Tensor
+    floors: ctypes.Array[ctypes.c_double] | None
+    taken: ctypes.c_int32
+
+
 class Results:
-    """See `Searched`: the histories after each step, one behind the other in a few tensors."""
+    """See `Searched`: the histories after each step, one behind the other in a few tensors.
+
+    Attributes:
+        steps: of those there is room for, so many there were.
+    """
 
     def __init__(self, steps: int, width: int) -> None:
-        self._steps, self._width = steps, width
+        self.steps, self._width = steps, width
         wide, flat = width * steps * (steps + 1) // 2, width * steps
         sizes = {name: wide for name in _WIDE} | {name: flat for name in _FLAT}
         self.tensors = {name: torch.empty(sizes[name], dtype=_KINDS[name]) for name in _KINDS}
@@ -407,7 +442,7 @@ class Results:
 
     def best_block(self, waiting: int) -> BeamBlock:
         """See `Searched.best_block`."""
-        steps = self._steps
+        steps = self.steps
         block = BeamBlock(
             token_ids=_ids(steps),
             logprobs=floats(steps),
@@ -421,7 +456,7 @@ class Results:
 
     def tree(self) -> BeamTree:
         """See `Searched.tree`."""
-        steps, size = self._steps, self._width * self._steps
+        steps, size = self.steps, self._width * self.steps
         tree = BeamTree(
             token_ids=_ids(size),
             parents=_ids(size),
@@ -437,7 +472,7 @@ class Results:
 
     def _struct(self) -> abi.Beams:
         columns = (self.tensors[name].data_ptr() for name, _ in abi.Beams._fields_[2:])
-        return abi.Beams(self._steps, self._width, *columns)
+        return abi.Beams(self.steps, self._width, *columns)
 
 
 _KINDS = {

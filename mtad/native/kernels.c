@@ -1988,9 +1988,15 @@ void mtad_walk(const Walk *w) {
 /* ---- whole blocks of a draft --------------------------------------------------------------- */
 
 /* `steps` tokens behind the last of `first` entries, after which stand `logits`; each is read as an
- * entry of its own but those of the last step. */
+ * entry of its own but those of the last step. With `floors` there may be fewer: none behind a token
+ * that ends the text, or behind step s where the joint log-probability up to there is below
+ * floors[s]. */
 typedef struct {
     int32_t steps, first;
+    const double *floors;       /* [steps − 1] or more; NULL for none */
+    const int64_t *ends;        /* [num_ends] tokens that end a text */
+    int32_t num_ends;
+    int32_t *taken;             /* so many steps there were */
     int32_t choices;            /* of each row so many are left */
     double temperature, top_p;
     const float *logits;        /* [columns of the books] */
@@ -2012,6 +2018,17 @@ static Choices choices_of(const Books *books, const Block *block) {
                      .temperature = block->temperature, .top_p = block->top_p};
 }
 
+static int is_end(const Block *block, int64_t token) {
+    for (int e = 0; e < block->num_ends; e++)
+        if (block->ends[e] == token) return 1;
+    return 0;
+}
+
+/* Whether a block is over behind a step, after which the likeliest text is so likely. */
+static int is_over(const Block *block, int step, double joint, int ended) {
+    return block->floors && step + 1 < block->steps && (ended || joint < block->floors[step]);
+}
+
 /* A line of draws. */
 typedef struct {
     Block block;
@@ -2027,6 +2044,7 @@ typedef struct {
 int mtad_line(Context *c, const Draft *draft, Cache *cache, const Books *books, const Line *line) {
     const Block *block = &line->block;
     Choices from = choices_of(books, block);
+    double joint = 0.0;
     for (int step = 0; step < block->steps; step++) {
         if (step) {
             const Step next = {.old = block->first + step - 1, .rows = 1, .fresh = 1,
@@ -2039,8 +2057,19 @@ int mtad_line(Context *c, const Draft *draft, Cache *cache, const Books *books, 
         from.logprobs = line->logprobs + at;
         const Sample sample = {from, line->uniform + step, line->drawn + step, line->picked + step};
         mtad_sample(c, &sample);
+        joint += (double)line->picked[step];
+        *block->taken = step + 1;
+        if (is_over(block, step, joint, is_end(block, line->drawn[step]))) break;
     }
     return 0;
+}
+
+/* The slot with the largest joint; a NaN counts as the largest. */
+static int likeliest(const double *joint, int width) {
+    int best = 0;
+    for (int slot = 1; slot < width; slot++)
+        if (joint[best] == joint[best] && !(joint[slot] <= joint[best])) best = slot;
+    return best;
 }
 
 /* Beam sampling. Of step s there are [width, s] and [width] results, behind those of the steps
@@ -2049,8 +2078,6 @@ typedef struct {
     Block block;
     int32_t width;
     const double *chance; /* of each step as in Growth, one after the other */
-    const int64_t *ends;  /* [num_ends] tokens that end a hypothesis */
-    int32_t num_ends;
     float *values;        /* [width, choices], overwritten, */
     int64_t *best;        /* as the following */
     float *warped;
@@ -2100,9 +2127,11 @@ int mtad_search(Context *c, const Draft *draft, Cache *cache, const Books *books
         g.came_from = b->came_from + flat;
         mtad_grow(c, &g);
         for (size_t slot = 0; slot < width; slot++)
-            for (int e = 0; e < b->num_ends; e++)
-                if (g.new_token_ids[(slot + 1) * (size_t)(step + 1) - 1] == b->ends[e])
-                    g.new_finished[slot] = 1;
+            if (is_end(block, g.new_token_ids[(slot + 1) * (size_t)(step + 1) - 1]))
+                g.new_finished[slot] = 1;
+        *block->taken = step + 1;
+        const int best = likeliest(g.new_joint, b->width);
+        if (is_over(block, step, g.new_joint[best], g.new_finished[best])) break;
         g.token_ids = g.new_token_ids, g.logprobs = g.new_logprobs, g.nodes = g.new_nodes;
         g.real = g.new_real, g.joint = g.new_joint, g.finished = g.new_finished;
         wide = next;
@@ -2125,13 +2154,11 @@ static size_t step_start(const Beams *b, int step) {
     return (size_t)b->width * (size_t)step * (size_t)(step - 1) / 2;
 }
 
-/* Where the history of the likeliest hypothesis begins; a NaN counts as the likeliest. */
+/* Where the history of the likeliest hypothesis begins. */
 static size_t best_of(const Beams *b) {
     const double *joint = b->joint + (size_t)b->width * (size_t)(b->steps - 1);
-    int best = 0;
-    for (int slot = 1; slot < b->width; slot++)
-        if (joint[best] == joint[best] && !(joint[slot] <= joint[best])) best = slot;
-    return step_start(b, b->steps) + (size_t)best * (size_t)b->steps;
+    const size_t best = (size_t)likeliest(joint, b->width);
+    return step_start(b, b->steps) + best * (size_t)b->steps;
 }
 
 /* The likeliest hypothesis, [steps] each, and the way to it among the nodes of a cache: `waiting`
