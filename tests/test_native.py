@@ -116,6 +116,22 @@ def test_a_group_of_zeros_stays_zero() -> None:
         assert not unpack(pack(torch.zeros(16, 64), kind)).any()
 
 
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("kind", [FLOAT32, CODES8], ids=["float32", "8 bits"])
+def test_rows_that_are_written_are_those_that_are_packed(kind: int, build: str) -> None:
+    weight = torch.randn(48, 96) * torch.logspace(-9, 3, 48).unsqueeze(1)
+    weight[5, 32:64] = 0.0
+    weight[6, :32] = torch.arange(32) / 2  # halves between two codes
+    expected, made = pack(weight, kind), pack(torch.zeros(48, 96), kind)
+    packed = matrix(made)
+    for start, count in ((0, 17), (17, 1), (18, 30)):
+        rows = weight[start : start + count].contiguous()
+        library.load(BUILDS[build]).mtad_write_rows(
+            ctypes.byref(packed), start, count, rows.data_ptr(), made.data.data_ptr()
+        )
+    assert torch.equal(made.data, expected.data)
+
+
 # Products
 
 

@@ -383,6 +383,11 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
             ),
         ),
         (
+            "mtad_write_rows",
+            None,
+            (ctypes.POINTER(Matrix), integer, integer, _Pointer, _Pointer),
+        ),
+        (
             "mtad_move",
             None,
             (ctypes.POINTER(Model), ctypes.POINTER(Cache), _Pointer, integer, integer),

@@ -15,7 +15,7 @@ from mtad.hidden_draft import NORM_EPS, Ends, HiddenDraft, Layer
 from mtad.native import abi
 from mtad.native.llama import rotary_tables
 from mtad.native.model import LayerWeights, NativeModel
-from mtad.native.packing import BLOCK, CODES8, FLOAT32, Packed, pack
+from mtad.native.packing import BLOCK, CODES8, FLOAT32, pack
 from mtad.native.threads import context
 
 _TABLE_ROWS = 4096
@@ -29,6 +29,7 @@ class NativeDraft:
         model: its layers, and the rows of the target's head.
         embedding: [V, H] float32, the target's.
         weight_bytes: that a pass reads, the rows of the target's head among them.
+        empty_rows: a block of rows of zeros, as further rows of the target's head are packed.
     """
 
     def __init__(
@@ -55,7 +56,8 @@ class NativeDraft:
         kind = FLOAT32 if exact else None
         self.draft = draft
         self._ends = ends
-        self._more_kind = FLOAT32 if exact else CODES8
+        zeros = torch.zeros(BLOCK, config.hidden_size)
+        self.empty_rows = pack(zeros, FLOAT32 if exact else CODES8)
         self.model = NativeModel(
             _layers_of(draft),
             draft.norm,
@@ -79,9 +81,9 @@ class NativeDraft:
             len(config.target_layers),
         )
 
-    def packed_rows(self, token_ids: Tensor) -> Packed:
-        """The rows of the target's head for [n] tokens, and rows of zeros up to a whole block."""
-        return pack(_padded(self._ends.rows(token_ids)[0]), self._more_kind)
+    def head_rows(self, token_ids: Tensor) -> Tensor:
+        """[n, H] float32, the rows of the target's head for [n] tokens."""
+        return self._ends.rows(token_ids)[0].float().contiguous()
 
     def read_target(self, hidden: Tensor, states: Tensor) -> None:
         """The target's hidden states [n, F·H] → the states [n, H] that the draft reads."""

@@ -207,7 +207,7 @@ class NativeDrafter:
         books.prefix, books.position, books.count = cached, position, 0
         self._proposed = Proposed(self._native.draft.token_ids, self.vocab_size)
         self._more: abi.Matrix | None = None
-        self._more_data = torch.empty(0, dtype=torch.uint8)  # the kernels read from it
+        self._more_data = self._native.empty_rows.data.repeat(0, 1)  # blocks of its rows
         self._name_columns()
         size = self._tail
         self._text = torch.full((size + _FIRST_TEXT,), NO_TOKEN)
@@ -253,12 +253,16 @@ class NativeDrafter:
         known = self._proposed.more.shape[0]
         if not self._proposed.read(token_ids):
             return
-        whole = known // BLOCK * BLOCK  # of a block that is not full all rows are packed again
-        packed = self._native.packed_rows(self._proposed.more[whole:])
-        row_bytes = packed.data.shape[0] // packed.rows
-        self._more_data = torch.cat([self._more_data[: whole * row_bytes], packed.data])
-        self._more = abi.Matrix(
-            packed.kind, whole + packed.rows, packed.columns, 0, self._more_data.data_ptr()
+        rows, empty = self._native.head_rows(self._proposed.more[known:]), self._native.empty_rows
+        blocks, room = -(-(known + rows.shape[0]) // BLOCK), self._more_data.shape[0]
+        if blocks > room:
+            data = empty.data.repeat(2 * blocks, 1)
+            data[:room] = self._more_data
+            self._more_data = data
+        place = self._more_data.data_ptr()
+        self._more = abi.Matrix(empty.kind, blocks * BLOCK, empty.columns, 0, place)
+        library.load().mtad_write_rows(
+            ctypes.byref(self._more), known, rows.shape[0], rows.data_ptr(), place
         )
         self._name_columns()
 

@@ -2241,6 +2241,34 @@ int mtad_linear(Context *c, const Matrix *matrix, const float *from, float *to, 
     return 0;
 }
 
+/* Rounds a group of a row to 8 bits, as pack in packing.py does, into the places of `lane`. */
+static void write_group(uint8_t *group, int lane, const float *values) {
+    float most = 0.0f;
+    for (int i = 0; i < GROUP; i++) most = fmaxf(most, fabsf(values[i]));
+    uint8_t halves[2 * LANES];
+    store_halves(halves, broadcast(most / 127.0f));
+    const float scale = load_halves(halves)[0];
+    memcpy(group + 8 * 64 + 2 * lane, halves, 2);
+    for (int i = 0; i < GROUP; i++) {
+        const float code = scale > 0.0f ? rintf(values[i] / scale) : 0.0f;
+        group[64 * (i / 4) + 4 * lane + i % 4] = (uint8_t)(int8_t)fmaxf(fminf(code, 127.0f), -127.0f);
+    }
+}
+
+/* Writes [count, columns] into a matrix of floats or 8 bits, from a row on. */
+void mtad_write_rows(const Matrix *m, int row, int count, const float *values, uint8_t *data) {
+    const size_t bytes = block_bytes(m);
+    for (int end = row + count; row < end; row++, values += m->columns) {
+        uint8_t *block = data + (size_t)(row / BLOCK) * bytes;
+        const int lane = row % BLOCK;
+        if (m->kind == FLOAT32)
+            for (int k = 0; k < m->columns; k++) ((float *)block)[k * BLOCK + lane] = values[k];
+        else
+            for (int k = 0; k < m->columns; k += GROUP, block += 8 * 64 + 32)
+                write_group(block, lane, values + k);
+    }
+}
+
 /* Moves slots from[i] ≥ start + i to start + i, in order, in every layer of a single text. */
 void mtad_move(const Model *model, Cache *cache, const int32_t *from, int count, int start) {
     const size_t size = (size_t)model->head_size, bytes = cache->halves ? 2 : 4;
