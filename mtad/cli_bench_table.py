@@ -241,15 +241,15 @@ def _predictions(found: Sequence[Row], costs: Costs | None) -> list[str]:
         "predicted × by passes alone: the same by costs measured outside of the runs, in this"
         f" process, before the runs and between them: medians of {costs.rounds} ratios to the"
         f" one-token pass before each, at a context of {costs.context}. With γ auto the iterations"
-        " of a run cost what its mean verification does, between two measured ones. It differs"
-        " where the clock did, and where passes cost more behind each other than alone."
+        " of a run cost what its mean verification does, between two measured ones; where lengths"
+        " differ much within a run, that is a little too cheap. It differs where"
+        " the clock did, and where passes cost more behind each other than alone."
     )
     without = [row.line.title for row in found if row.prompts and row.predicted_alone is None]
     if without:
         lines.append(
             f"predicted × by passes alone {DASH}: for {', '.join(dict.fromkeys(without))} no fixed"
-            " cost of an iteration was measured (transformers, a draft that ends where it is"
-            " unsure, or a tree that W does not divide)."
+            " cost of an iteration was measured (transformers, bild, trees that W does not divide)."
         )
     return lines
 

@@ -70,7 +70,10 @@ class Resumable(Protocol):
     """
 
     def save(self) -> Saved | None:
-        """What the committed text has left; None if no run could go on from there."""
+        """What the committed text has left; None if no run could go on from there.
+
+        A copy, or what is not written any more: the run may go on.
+        """
 
     def resume(
         self, saved: Saved, kept: int, token_ids: Tensor, target_hidden: Tensor | None
@@ -91,7 +94,8 @@ class BlockDrafter(Protocol):
     for; the tokens of the last step become no nodes. Both want top-k to be in force
     (`mtad.sampling.narrows`) and give None, having done nothing, where they cannot serve it.
 
-    With `floors` there may be fewer steps, see `mtad.pace.FloorPace`.
+    With `floors` there may be fewer steps, see `mtad.pace.FloorPace`. Uniforms are taken as if each
+    step had been asked for: those of steps that there were not are given back.
     """
 
     def draft_line(
@@ -112,8 +116,8 @@ class BlockDrafter(Protocol):
             floors: see above.
 
         Returns:
-            [γ] tokens and their log-probabilities; what they were drawn from, [γ, K] tokens and
-            warped log-probabilities.
+            [γ or fewer] tokens and their log-probabilities; what they were drawn from, [as many, K]
+            tokens and warped log-probabilities. The caller gives back uniforms that were not used.
         """
 
     def draft_beams(

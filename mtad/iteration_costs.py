@@ -4,7 +4,7 @@ Whole iterations of the very decoder are timed, so everything that a longer draf
 draft steps, the wider verification, the search, and what Python does between. The drafts take
 turns, each right behind iterations without one, and of their ratios the (lower) median counts: a
 machine that is now fast and now slow is so for both sides of a ratio. All begin behind the same
-text, which is read once.
+text, which is read once by models whose caches can be kept.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from mtad.trace import Outcome
 
 CONTEXT_TOKENS = 100
 TURNS = 5
-# Iterations that are timed each time: the first ones find cold caches and code.
-ROUNDS = 6
-# Where a pass takes longer than this, nobody should wait for more turns or iterations than these.
-SLOW_SECONDS, SLOW_TURNS, SLOW_ROUNDS = 0.03, 2, 2
+# Iterations that are timed each time, since the first ones find cold caches and code; fewer where
+# they take long, but two.
+ROUNDS, BURST_SECONDS = 6, 0.025
+# Where a pass takes longer than this, nobody should wait for more turns than these.
+SLOW_SECONDS, SLOW_TURNS = 0.03, 3
 # An iteration that costs so many without a draft seldom emits as many tokens.
 DEAR = 8.0
 # More than anything is worth.
@@ -68,9 +69,11 @@ def measure_iterations(
         1.0 for no draft, then up to γ = `MAX_AUTO_DRAFT_TOKENS`, or fewer where the context is too
         short or they grow too dear; or those of the trees, `NEVER` likewise.
     """
-    half = pair.context_length // 2
-    fits = [n for n in LENGTHS if (ROUNDS + 2) * (n + 1) < half] or [1]
-    context = max(2, min(CONTEXT_TOKENS, half))
+    whole = pair.context_length
+    fits = [n for n in LENGTHS if (ROUNDS + 2) * (n + 1) < whole // 2] or [1]
+    # Where not even the shortest drafts fit behind it, the text is shorter.
+    context = min(CONTEXT_TOKENS, whole // 2, whole - (ROUNDS + 1) * (max(fits) + 1))
+    context = min(max(2, context), whole - 1)
     run = functools.partial(_iterations, pair, make, config, context, Session())
     if "k_config" in method_info(method).parameters:
         trees = [tree for tree in AUTO_TREES if len(tree) <= max(fits)]
@@ -98,33 +101,34 @@ def _measure(
     """
     wide = {"num_draft_tokens": MAX_AUTO_DRAFT_TOKENS, "beam_width": 1}  # of no draft
     ratios: defaultdict[K, list[float]] = defaultdict(list)
-    rounds, turns = ROUNDS, TURNS
-    for turn in range(TURNS):
-        if turn == turns:
-            break
+    turns, turn = TURNS, 0
+    while turn < turns:
+        turn += 1
         for draft, fields in drafts.items():
-            plain = _seconds(run("autoregressive", wide), rounds)
-            if plain > SLOW_SECONDS:
-                rounds, turns = SLOW_ROUNDS, SLOW_TURNS
-            ratios[draft].append(_seconds(run(method, fields), rounds) / plain)
+            plain = _seconds(run("autoregressive", wide))
+            turns = SLOW_TURNS if plain > SLOW_SECONDS else turns
+            ratios[draft].append(_seconds(run(method, fields)) / plain)
             if min(ratios[draft]) > DEAR:
                 break
     return {draft: round(statistics.median_low(found), 4) for draft, found in ratios.items()}
 
 
-def _seconds(run: Iterations, rounds: int) -> float:
+def _seconds(run: Iterations) -> float:
     """Of an iteration, the (lower) median of some from the second on: one may record a graph.
 
-    Ends the run: a drafter of the user's own is one object, and holds one text.
+    The first holds what is read of the text; it counts where there is no room for others. Ends the
+    run: a drafter of the user's own is one object, and holds one text.
     """
-    next(run)  # holds what is read of the text
     times = []
-    for _ in range(rounds):
+    for _ in range(1 + ROUNDS):
         start = time.perf_counter()
-        next(run)
+        if next(run, None) is None:
+            break
         times.append(time.perf_counter() - start)
+        if len(times) > 2 and sum(times[1:]) > BURST_SECONDS:
+            break
     run.close()
-    return statistics.median_low(times)
+    return statistics.median_low(times[1:] or times)
 
 
 def _iterations(
@@ -142,7 +146,9 @@ def _iterations(
     prompt = [1 + k * 7919 % (target.vocab_size - 1) for k in range(context)]
     fixed = dataclasses.replace(
         config,
-        max_new_tokens=(ROUNDS + 2) * (MAX_AUTO_DRAFT_TOKENS + 1),
+        max_new_tokens=min(
+            (ROUNDS + 2) * (MAX_AUTO_DRAFT_TOKENS + 1), pair.context_length - context
+        ),
         iteration_costs=None,
         ignore_eos=True,
         stop=(),
@@ -151,8 +157,9 @@ def _iterations(
     generator = torch.Generator(target.device).manual_seed(0)
     session.begin(pair, prompt, target, used)
     outcomes = load_decoder(method)(target, used, prompt, fixed, generator)
-    yield next(outcomes)
+    first = next(outcomes)
     session.end(pair, prompt, target, used)
+    yield first
     yield from outcomes
 
 

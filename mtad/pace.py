@@ -129,13 +129,19 @@ class FloorPace:
         self._earned = self._spent * Pace(costs).rate
         self._choose()
 
-    def observe(self, accepted: int, logprobs: Sequence[float]) -> None:
-        """Takes in an iteration: log q of the draft tokens, the first of which were accepted."""
+    def observe(self, accepted: int, logprobs: Sequence[float], length: int) -> None:
+        """Takes in an iteration.
+
+        Args:
+            accepted: so many draft tokens.
+            logprobs: log q of all of them.
+            length: of the block that was paid for, padding behind an end of the text included.
+        """
         tested = logprobs[: accepted + 1]
         self._tried = self._tried * _FADE + len(tested)
         self._sure = self._sure * _FADE + sum(math.exp(_SHARPNESS * each) for each in tested)
         self._passed = self._passed * _FADE + accepted
-        self._spent = self._spent * _FADE + self._costs[min(len(logprobs), self.length)]
+        self._spent = self._spent * _FADE + self._costs[min(length, self.length)]
         self._earned = self._earned * _FADE + accepted + 1
         self._choose()
 

@@ -306,7 +306,8 @@ def test_a_block_at_once_is_the_block_step_by_step(
     counted("draft_line")
     counted("draft_beams")
     passes = accepted = 0
-    for seed in range(6):
+    early = {"end": 0, "floor": 0}
+    for seed in range(14):
         config = mtad.DecodeConfig(
             max_new_tokens=40,
             top_k=9,
@@ -315,9 +316,9 @@ def test_a_block_at_once_is_the_block_step_by_step(
             seed=seed,
             accept_threshold=0.05,
         )
-        config = dataclasses.replace(config, num_draft_tokens=1 + seed, beam_width=1 + seed)
+        config = dataclasses.replace(config, num_draft_tokens=1 + seed % 6, beam_width=1 + seed % 6)
         if seed > 3:
-            costs = tuple(1.0 + 0.1 * length for length in range(9))
+            costs = tuple(1.0 + 0.01 * length for length in range(9))
             config = dataclasses.replace(config, num_draft_tokens="auto", iteration_costs=costs)
         at_once = mtad.run(method, pair, prompt_ids=[1, 3, 5], config=config)
         with monkeypatch.context() as patched:
@@ -329,7 +330,12 @@ def test_a_block_at_once_is_the_block_step_by_step(
         assert at_once.decisions() == by_step.decisions()
         passes += at_once.summary.target_passes
         accepted += sum(len(step.decision.path) for step in at_once.steps)
+        for step in at_once.steps[:-8] if seed > 3 else ():
+            tree = step.decision.tree
+            if 0 < tree.depth < 8:
+                early["end" if tree.token_ids[-1] in (7, 8, 30) else "floor"] += 1
     assert blocks > passes / 2
+    assert all(early.values()) or method == "mtad_tree"
     assert accepted > 5
 
 
@@ -383,6 +389,7 @@ def test_more_choices_than_the_kernels_hold_are_drafted_step_by_step() -> None:
     never, none = Uniforms(torch.Generator()), torch.empty(0, dtype=torch.int64)
     assert drafter.draft_line(logits, config, torch.zeros(3), none) is None
     assert drafter.draft_beams(logits, config, 3, never, none) is None
+    assert never._used == 0
 
 
 def test_a_pair_says_what_its_draft_weighs() -> None:

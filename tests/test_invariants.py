@@ -14,6 +14,8 @@ import math
 import operator
 import shutil
 import subprocess
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,9 +24,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mtad
+from mtad import iteration_costs
 from mtad.config import MAX_SEED
 from mtad.errors import ConfigError
 from mtad.pace import AUTO_TREES, AUTO_WIDTHS, FloorPace, Pace, TreePace, WidthPace, nodes
+from mtad.session import Session
 from mtad.trace import Decision, Trace
 from mtad.whatif import accepted_length_at, accepted_path
 from tests.models import tiny
@@ -357,7 +361,7 @@ def test_an_automatic_block_ends_where_the_draft_is_unsure(method: str) -> None:
                 assert all(map(operator.ge, joints[:-1], pace.floors))
             left -= len(decision.emitted)
             if depth:
-                pace.observe(decision.accepted_length, decision.tree.draft_logprobs)
+                pace.observe(decision.accepted_length, decision.tree.draft_logprobs, depth)
         assert len(depths) > 2, kind
 
 
@@ -402,6 +406,41 @@ def test_an_automatic_width_follows_what_is_accepted() -> None:
             pace.observe(decision.accepted_length, depth)
     assert len(roots) > 1 and all(most == width for width, most in roots.items())
     assert mtad.Trace.from_json(trace.to_json()).config == config
+
+
+@pytest.mark.parametrize("size", [10, 24, 60])
+def test_what_iterations_cost_is_measured_within_the_context(size: int) -> None:
+    """A position beyond the context is an error of this family."""
+    target, draft = (tiny("gpt2", n_positions=size, seed=seed) for seed in (1, 2))
+    pair = mtad.ModelPair(target, draft)
+    assert pair.context_length == size
+    for method in ("speculative", "mtad", "mtad_tree"):
+        config = mtad.DecodeConfig(num_draft_tokens="auto")
+        costs = mtad.run(method, pair, prompt_ids=[1], config=config).config.iteration_costs
+        assert costs is not None and len(costs) >= 2 and costs[0] == 1.0
+
+
+def test_keeping_a_text_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    keep = Session.end
+
+    def end(self: Session, *arguments: Any) -> None:
+        kept.append(len(looks))
+        keep(self, *arguments)
+
+    def perf_counter() -> float:
+        looks.append(time.perf_counter())
+        return looks[-1]
+
+    looks: list[float] = []
+    monkeypatch.setattr(Session, "end", end)
+    monkeypatch.setattr(iteration_costs, "BURST_SECONDS", math.inf)
+    monkeypatch.setattr(iteration_costs, "time", SimpleNamespace(perf_counter=perf_counter))
+    config = mtad.DecodeConfig(num_draft_tokens="auto")
+    mtad.run("speculative", pair_of("twins"), prompt_ids=PROMPT, config=config)
+    # In the first iteration of a burst, between the two looks at the clock that do not count.
+    burst = 2 * (1 + iteration_costs.ROUNDS)
+    assert len(kept) > 4 and {place % burst for place in kept} == {1}
 
 
 def test_what_widths_cost_is_measured_once_and_told() -> None:

@@ -7,6 +7,7 @@ import math
 import random
 import statistics
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,6 @@ from mtad.errors import ConfigError
 from mtad.iteration_costs import (
     DEAR,
     ROUNDS,
-    SLOW_ROUNDS,
     SLOW_SECONDS,
     SLOW_TURNS,
     TURNS,
@@ -123,7 +123,7 @@ def test_a_block_ends_where_the_draft_is_unsure(sharpness: float, price: float) 
             while accepted < len(block) and luck[accepted] < surely[accepted] ** sharpness:
                 accepted += 1
             tokens, cost = tokens + accepted + 1, cost + costs[len(block)]
-            pace.observe(accepted, block)
+            pace.observe(accepted, block, len(block))
         return tokens / cost
 
     best = max(play(length) for length in range(1, 17))
@@ -141,7 +141,7 @@ def test_where_a_draft_is_always_sure_its_length_is_learned(rate: float) -> None
         accepted = 0
         while accepted < len(block) and rng.random() < rate:
             accepted += 1
-        pace.observe(accepted, block)
+        pace.observe(accepted, block, len(block))
         lengths.append(len(block))
 
     def speed(length: float) -> float:
@@ -158,7 +158,7 @@ def test_what_a_token_costs_more_never_becomes_less() -> None:
     assert growing([1.0]) == []
     pace = FloorPace([1.0, 1.3, 1.3, 1.3])
     for _ in range(40):
-        pace.observe(0, [0.0])
+        pace.observe(0, [0.0], 1)
     assert all(math.isfinite(floor) for floor in pace.floors)
     assert FloorPace([1.0, 1.2]).floors == []
 
@@ -270,7 +270,7 @@ def measured(monkeypatch: pytest.MonkeyPatch, spoilt: dict[tuple[int, int], floa
     lengths = itertools.cycle((1, 2, 4, 8))
     coming = next(lengths)
 
-    def seconds(length: int, _: int) -> float:
+    def seconds(length: int) -> float:
         nonlocal coming
         if length == 0:
             turn = turns.get(coming, -1) + 1
@@ -318,29 +318,44 @@ def test_a_draft_that_is_always_too_dear_is_the_last(monkeypatch: pytest.MonkeyP
 def test_slow_passes_are_measured_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def seconds(length: int, rounds: int) -> float:
-        asked.append((length, rounds))
+    def seconds(length: int) -> float:
+        asked.append(length)
         return SLOW_SECONDS * (1.1 + length)
 
+    def run(method: str, fields: dict[str, int]) -> int:
+        return 0 if method == "autoregressive" else fields["num_draft_tokens"]
+
     monkeypatch.setattr(iteration_costs, "_seconds", seconds)
-    run: Any = lambda method, fields: fields["num_draft_tokens"] % MAX_AUTO_DRAFT_TOKENS  # noqa: E731
     drafts = {length: {"num_draft_tokens": length} for length in (1, 2)}
-    iteration_costs._measure(run, "mtad", drafts)
-    assert len(asked) == 2 * 2 * SLOW_TURNS
-    assert asked[0] == (0, ROUNDS) and {rounds for _, rounds in asked[1:]} == {SLOW_ROUNDS}
+    doubles: Any = run
+    iteration_costs._measure(doubles, "mtad", drafts)
+    assert asked == [0, 1, 0, 2] * SLOW_TURNS
+
+
+def lasting(monkeypatch: pytest.MonkeyPatch, *milliseconds: float) -> tuple[float, int]:
+    """What iterations that last so long are said to take, in milliseconds, and how many ran."""
+    now, count = 0.0, 0
+
+    def iterations() -> Iterator[str]:
+        nonlocal now, count
+        for each in milliseconds:
+            now, count = now + each / 1000, count + 1
+            yield "outcome"
+
+    with monkeypatch.context() as patched:
+        clock = SimpleNamespace(perf_counter=lambda: now)
+        patched.setattr(iteration_costs, "time", clock)
+        run: Any = iterations()
+        found = iteration_costs._seconds(run)
+        assert next(run, "ended") == "ended"
+    return 1000 * found, count
 
 
 def test_the_median_iteration_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """One may have recorded a graph; the first holds what is read of the text."""
-    now = 0.0
-
-    def iterations() -> Iterator[None]:
-        nonlocal now
-        for seconds in (100.0, 9.0, 2.0, 3.0, 1.0, 50.0):
-            now += seconds
-            yield
-
-    monkeypatch.setattr(iteration_costs.time, "perf_counter", lambda: now)
-    run: Any = iterations()
-    assert iteration_costs._seconds(run, 4) == 2.0
-    assert next(run, "ended") == "ended"
+    found, count = lasting(monkeypatch, 100.0, 9.0, 2.0, 3.0, 1.0, 4.0, 4.5, 99.0)
+    assert (found, count) == (pytest.approx(3.0), 1 + ROUNDS)
+    # Two of those that take long, and what there is room for.
+    found, count = lasting(monkeypatch, 100.0, 40.0, 30.0, 1.0)
+    assert (found, count) == (pytest.approx(30.0), 3)
+    assert lasting(monkeypatch, 7.0) == (pytest.approx(7.0), 1)

@@ -153,13 +153,13 @@ def grow_beams(
     record: int = 0,
     floors: Sequence[float] = (),
 ) -> History[Beams]:
-    """Grows beams for `steps` steps and returns them after each step.
+    """Grows beams for at most `steps` steps and returns them after each step.
 
     Args:
         next_logits: the model: (token ids, parents among its undecided nodes) → logits.
         pending: [m] tokens that the model has not read yet; they become its nodes 0 … m − 1,
             and the slots of step s its nodes m + (s − 1)·W onward. The last step's are not fed.
-        steps: how many tokens each hypothesis gets.
+        steps: how many tokens each hypothesis gets; fewer only with `floors`.
         config: beam_width and the warp are read.
         uniforms: so many of them, for the draws.
         is_eos: which tokens end a sequence.

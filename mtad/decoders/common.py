@@ -4,8 +4,9 @@ An iteration of a block method is propose → one target pass → `State.judge`,
 decide, reads the outcome back in one packed copy and brings both caches to the accepted prefix. For
 `autoregressive`, `speculative`, `mtad`, `mtad_tree` and `typical` that copy is the only
 synchronisation of the iteration, unless the draft asks for more (one on hidden states, where the
-engine is eager, asks which tokens are new in the text); `bild` also asks after every draft token
-whether to go on, and `specinfer` walks down its tree on the host, but for engines that can.
+engine is eager, asks which tokens are new in the text). On a CPU a block with γ "auto" may end
+after every draft token; `bild` asks for that everywhere, and `specinfer` walks down its tree on the
+host, but for engines that can.
 """
 
 from __future__ import annotations
@@ -365,7 +366,8 @@ class State:
         self._advance(proposal, found.rows, accepted, found.final_token)
         if self.pace is not None and (depth := max(offered_depths(host, self.eos_ids), default=0)):
             if isinstance(self.pace, FloorPace):
-                self.pace.observe(accepted, host["draft_logprobs"][:depth])
+                logprobs = host["draft_logprobs"][:depth]
+                self.pace.observe(accepted, logprobs, proposal.levels)
             else:
                 self.pace.observe(accepted, depth)
             self.follow_pace()

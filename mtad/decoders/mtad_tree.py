@@ -92,12 +92,11 @@ def draft_tree(state: State, length: int) -> tuple[Proposal, Tensor, Tensor]:
         nothing = Proposal.nothing(state.target.device)
         return nothing, nothing.draft_logprobs, nothing.token_ids.view(0, 0)
     beams = state.draft_beams(length).tree()
-    levels = beams.reference.shape[0]
     tree = Proposal(
         token_ids=beams.token_ids,
         draft_logprobs=beams.logprobs,
-        cached_depth=levels - 1,
-        levels=levels,
+        cached_depth=length - 1,
+        levels=length,
         parents=beams.parents,
         real=beams.real,
     )

@@ -80,7 +80,7 @@ def kept_run(target: Warped, block: Proposal, uniform: Tensor) -> tuple[Tensor, 
 
 
 def draft_block(state: State, length: int) -> tuple[Proposal, Warped | None]:
-    """γ tokens from q, one at a time, and the rows [γ, K] that they were drawn from."""
+    """Up to γ tokens from q, one at a time, and the rows [γ, K] that they were drawn from."""
     if length == 0:
         return Proposal.nothing(state.target.device), None
     chance = state.uniforms(length)
