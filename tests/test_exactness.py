@@ -106,6 +106,19 @@ class LazyColumn:
         return self
 
 
+class LazyUniforms:
+    """Stands for `Uniforms`."""
+
+    def __init__(self, branches: Branches) -> None:
+        self._branches = branches
+
+    def __call__(self, count: int) -> LazyColumn:
+        return LazyColumn(self._branches, count)
+
+    def give_back(self, count: int) -> None:
+        """Nothing was drawn for them."""
+
+
 def enumerating(branches: Branches, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Replaces what a decoder draws with by choices; the rules stay the real ones."""
 
@@ -129,7 +142,7 @@ def enumerating(branches: Branches, module: Any, monkeypatch: pytest.MonkeyPatch
         return torch.tensor(picked)
 
     # The draft's, and those that a rule gets.
-    monkeypatch.setattr(common, "Uniforms", lambda _: lambda count: LazyColumn(branches, count))
+    monkeypatch.setattr(common, "Uniforms", lambda _: LazyUniforms(branches))
     monkeypatch.setattr(module, "draw", draw)
     if hasattr(module, "draw_distinct"):
         monkeypatch.setattr(module, "draw_distinct", draw_distinct)
@@ -151,6 +164,9 @@ def target_law(target: TableLM, length: int, config: DecodeConfig) -> dict[tuple
     ("method", "parameters"),
     [
         ("speculative", {"num_draft_tokens": 2}),
+        # A block ends where its joint q is below 0.5, in one case behind every first token.
+        ("speculative", {"num_draft_tokens": "auto", "iteration_costs": (1.0, 1.3, 1.67)}),
+        ("speculative", {"num_draft_tokens": "auto", "iteration_costs": (1.0, 1.3, 1.9)}),
         ("specinfer", {"k_config": (2, 1), "replacement": True}),
         ("specinfer", {"k_config": (2, 1), "replacement": False}),
         ("specinfer", {"k_config": (3, 1), "replacement": False}),

@@ -58,7 +58,7 @@ FIELDS = (
     Field(
         "num_draft_tokens",
         "num_draft_tokens (γ)",
-        "Tokens drafted for one target pass; auto: as many as are likely to pay.",
+        "Tokens drafted for one target pass; auto: as many as should pay.",
         "choice",
         "auto",
         choices=("auto", OWN_LENGTH, *(str(k) for k in (*range(1, 17), 24, 32, 48, 64))),
