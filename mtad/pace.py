@@ -52,7 +52,10 @@ class Pace:
     Attributes:
         length: γ of the next iteration, from 1 to the longest that has a cost.
         rate: tokens for its cost that are expected with that.
+        floors: none: it chooses before a block; see `FloorPace`.
     """
+
+    floors: Sequence[float] = ()
 
     def __init__(self, costs: Sequence[float] | None = None) -> None:
         """Begins without observations.
@@ -181,7 +184,10 @@ class WidthPace:
     Attributes:
         width: W of the next iteration: one of `AUTO_WIDTHS`.
         length: its γ.
+        floors: none, as of each `Pace`.
     """
+
+    floors: Sequence[float] = ()
 
     def __init__(self, costs: Sequence[Sequence[float]] | None = None) -> None:
         """Begins without observations.

@@ -233,9 +233,7 @@ class State:
         """The shape of the next block."""
         pace = self.pace
         if pace is not None:
-            self.draft_length = pace.length
-        if isinstance(pace, FloorPace):
-            self.floors = pace.floors
+            self.draft_length, self.floors = pace.length, pace.floors
         if isinstance(pace, WidthPace) and pace.width != self.block_config.width:
             self.block_config = dataclasses.replace(self.block_config, beam_width=pace.width)
 
